@@ -1,0 +1,30 @@
+"""Named streams of random numbers.
+
+Every draw in a federation comes from a stream named by (seed, purpose, indices), for example
+(7, "batches", round, client). A stream depends on nothing else: not on the method, not on what was drawn
+before, not on a global generator. So methods are compared on the same draws, and a resumed run draws what
+the interrupted one would have drawn.
+"""
+
+import hashlib
+
+import numpy
+import torch
+
+
+def derive(seed: int, purpose: str, *indices: int | str) -> int:
+    """Return the 63-bit seed of the stream that these values name."""
+    name = "\x1f".join([str(int(seed)), purpose, *map(str, indices)])
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+
+
+def numpy_stream(seed: int, purpose: str, *indices: int | str) -> numpy.random.Generator:
+    """Return a numpy generator at the start of the named stream."""
+    return numpy.random.default_rng(derive(seed, purpose, *indices))
+
+
+def torch_stream(
+    seed: int, purpose: str, *indices: int | str, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """Return a torch generator on `device` at the start of the named stream."""
+    return torch.Generator(device).manual_seed(derive(seed, purpose, *indices))
