@@ -6,10 +6,15 @@ before, not on a global generator. So methods are compared on the same draws, an
 the interrupted one would have drawn.
 """
 
+from __future__ import annotations
+
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, purpose: str, *indices: int | str) -> int:
@@ -27,4 +32,6 @@ def torch_stream(
     seed: int, purpose: str, *indices: int | str, device: str | torch.device = "cpu"
 ) -> torch.Generator:
     """Return a torch generator on `device` at the start of the named stream."""
+    import torch  # here, because tables and partitions need no torch, and importing it takes seconds
+
     return torch.Generator(device).manual_seed(derive(seed, purpose, *indices))
