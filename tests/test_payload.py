@@ -1,0 +1,106 @@
+"""Payloads: the bytes are what the size says, and a bad message is refused by name."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from fedlm import payload
+from fedlm.payload import PayloadError, Pruned, Quantized, decode, encode, size
+
+KINDS = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.int8, torch.int32]
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+entries = st.dictionaries(
+    st.text(st.characters(exclude_characters="#", exclude_categories=["Cs"]), min_size=1, max_size=12),
+    st.tuples(st.sampled_from(KINDS), shapes),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(entries, st.sampled_from(list(payload.PRECISIONS)))
+def test_bytes_are_those_of_safetensors_and_size_foretells_them(described, precision):
+    tensors = {name: torch.ones(shape).to(kind) for name, (kind, shape) in described.items()}
+    message = encode(tensors, precision)
+    assert len(message) == size(tensors, precision)
+    wide = payload.PRECISIONS[precision]
+    assert message == save({n: t.to(wide) if t.is_floating_point() else t for n, t in tensors.items()})
+    decoded = decode(message, tensors)
+    assert decoded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert decoded[name].dtype == tensor.dtype and torch.equal(decoded[name], tensor)
+
+
+def test_the_empty_payload_is_no_message():
+    assert encode({}) == b"" and size({}) == 0 and decode(b"", {"a": torch.zeros(1)}) == {}
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000))
+def test_pruned_tensors_travel_as_mask_and_values(rows, columns, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(rows, columns, generator=generator)
+    mask = torch.rand(rows, columns, generator=generator) < density
+    message = encode({"w": Pruned(tensor, mask)})
+    assert len(message) == size({"w": Pruned(tensor, mask)})
+    assert torch.equal(decode(message, {"w": tensor})["w"], tensor * mask)
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 1000))
+def test_quantized_tensors_are_within_half_a_step(rows, columns, seed):
+    tensor = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    message = encode({"w": Quantized(tensor)})
+    assert len(message) == size({"w": Quantized(tensor)})
+    restored = decode(message, {"w": tensor})["w"]
+    step = tensor.abs().amax(1, keepdim=True) / 127
+    assert ((restored - tensor).abs() <= step * 0.5001).all()
+
+
+EXPECTED = {"a": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (b"x", "not a payload"),
+        (b"\xff" * 64, "not a payload"),
+        ((1 << 60).to_bytes(8, "little") + b"{}", "not a payload"),
+        (encode({"a": torch.zeros(2, 3)})[:-1], "not a payload"),
+        (encode({"b": torch.zeros(2, 3)}), "unknown tensor 'b'"),
+        (encode({"a": torch.zeros(3, 2)}), "a: shape (3, 2); expected (2, 3)"),
+        (encode({"a": torch.zeros(2, 3, dtype=torch.int64)}), "a: type"),
+        (encode({"n": torch.zeros(2)}), "n: type"),
+        (save({"a#mask": torch.zeros(9, dtype=torch.uint8)}), "mask of 9 bytes; expected 1"),
+        (save({"a#mask": torch.zeros(1, dtype=torch.uint8)}), "as many values"),
+        (save({"a#mask": torch.full((1,), 255, dtype=torch.uint8), "a#values": torch.zeros(7)}), "as many"),
+        (save({"a#int8": torch.zeros(2, 3, dtype=torch.int8)}), "2 scales"),
+        (save({"a#scale": torch.zeros(2)}), "stray part"),
+        (save({"a#other": torch.zeros(2)}), "stray part"),
+    ],
+)
+def test_a_bad_message_is_named(message, said):
+    with pytest.raises(PayloadError) as error:
+        decode(message, EXPECTED)
+    assert said in str(error.value)
+
+
+@given(st.binary(max_size=400))
+def test_random_bytes_never_crash(message):
+    if message:
+        with pytest.raises(PayloadError):
+            decode(message, EXPECTED)
+
+
+VALID = encode({"a": Pruned(torch.ones(2, 3), torch.ones(2, 3) > 0), "n": torch.zeros(2, dtype=torch.int64)})
+
+
+@given(st.data())
+def test_flipped_bytes_are_refused_or_harmless(data):
+    message = bytearray(VALID)
+    for position in data.draw(st.lists(st.integers(0, len(VALID) - 1), min_size=1, max_size=4)):
+        message[position] ^= data.draw(st.integers(1, 255))
+    try:
+        decoded = decode(bytes(message), EXPECTED)
+    except PayloadError:
+        return
+    assert all(decoded[name].shape == EXPECTED[name].shape for name in decoded)
