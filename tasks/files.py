@@ -3,7 +3,6 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import pandas
 import pyarrow
@@ -42,8 +41,8 @@ class Files(Task):
         text: list[str] = Field(
             min_length=1,
             max_length=16,
-            description="columns of the input: a text or a pair of texts; for question_answering question and "
-            "document; for causal what the prompt consists of, joined by newlines",
+            description="columns of the input: a text or a pair of texts; for question_answering question "
+            "and document; for causal what the prompt consists of, joined by newlines",
         )
         label: str = Field(
             min_length=1,
@@ -159,13 +158,7 @@ def _read(path: Path, split: str, head: bool = False) -> pandas.DataFrame:
         table = readers[path.suffix](path, head)
     except UnicodeDecodeError as error:
         raise UserError(f"{split}: {path}: it is not in UTF-8: {error}") from None
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        pyarrow.ArrowException,
-        pandas.errors.ParserWarning,
-    ) as error:
+    except (OSError, ValueError, RecursionError, Warning, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{split}: {path}: it cannot be read as {path.suffix[1:]}: {reason}") from None
     if not len(table):
@@ -268,7 +261,7 @@ def _answers(column: pandas.Series, contexts: pandas.Series, place: str) -> tupl
         )
         if not right:
             raise UserError(
-                f"{place}: column {column.name!r}, row {row}: the answer {_short(value)} is not in the document"
+                f"{place}: column {column.name!r}, row {row}: the answer {_short(value)} is not in the text"
             )
         texts.append(found)
         starts.append(places)
