@@ -1,0 +1,258 @@
+"""The command line: `python -m fedlm COMMAND --help`."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlm import __version__
+from fedlm.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="fedlm-bench: accuracy, memory, communication and compute of federated fine-tuning methods.",
+)
+
+Config = Annotated[Path, typer.Option("--config", help="The study file.")]
+Results = Annotated[Path, typer.Option(help="Folder of the results.")]
+TaskLabel = Annotated[str, typer.Option("--task", help="Label of a task in the study.")]
+PartitionLabel = Annotated[str, typer.Option("--partition", help="Label of a partition in the study.")]
+MethodLabel = Annotated[str, typer.Option("--method", help="Label of a method in the study.")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+
+
+def _study(config: Path):
+    from fedlm.config import load
+
+    return load(config)
+
+
+def _folders(study, results: Path):
+    from fedlm.running import Folders
+
+    return Folders(study.study, results)
+
+
+@app.command()
+def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
+    """Validate a study before any job: keys, values, labels, files, models."""
+    from fedlm.check import check as check_study
+
+    study = _study(config)
+    check_study(study)
+    runs = list(study.runs())
+    print(f"{config}: study {study.study!r} is valid: {len(runs)} runs")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a study file, as config/schema.json holds it."""
+    from fedlm.config import schema as study_schema
+
+    print(study_schema(), end="")
+
+
+@app.command()
+def prepare(config: Config, task: TaskLabel, results: Results = Path("results")) -> None:
+    """Tokenise a task once, for all its runs."""
+    from fedlm import running
+
+    study = _study(config)
+    data = running.prepare(study, task, _folders(study, results))
+    print(f"{task}: {len(data)} examples")
+
+
+@app.command()
+def partition(
+    config: Config,
+    task: TaskLabel,
+    partition: PartitionLabel,
+    seed: Seed,
+    results: Results = Path("results"),
+) -> None:
+    """Divide a prepared task's training examples among the clients."""
+    from fedlm import running
+
+    study = _study(config)
+    made = running.partition(study, task, partition, seed, _folders(study, results))
+    print(f"{task} {partition} seed {seed}: {made.examples} examples, {made.clients} clients")
+
+
+@app.command()
+def run(
+    config: Config,
+    task: TaskLabel,
+    partition: PartitionLabel,
+    method: MethodLabel,
+    seed: Seed,
+    output: Annotated[Path, typer.Option(help="Where the record is written.")],
+    results: Results = Path("results"),
+) -> None:
+    """Make one run and write its record; an interrupted run continues from its last whole round."""
+    from fedlm import running
+    from fedlm.config import Run
+
+    study = _study(config)
+    chosen = Run(task, partition, method, seed)
+    study.run(*chosen)
+    running.execute(study, chosen, output, _folders(study, results))
+
+
+@app.command("run-many")
+def run_many(
+    config: Config,
+    runs: Annotated[list[str], typer.Argument(help="Runs as task/partition/method/seed<k>.")],
+    results: Results = Path("results"),
+) -> None:
+    """Make several runs in one process, each record written as soon as it is finished.
+
+    A run that fails does not stop the others; the exit status is then 1.
+    """
+    from fedlm import running
+    from fedlm.config import Run
+
+    study = _study(config)
+    folders = _folders(study, results)
+    known = {one.path: one for one in study.runs()}
+    for label in runs:
+        if label not in known:
+            raise UserError(f"run: {label!r} is not in the study; allowed: task/partition/method/seed<k>")
+    failed = 0
+    for label in runs:
+        chosen: Run = known[label]
+        failed |= _guarded(
+            lambda chosen=chosen: running.execute(study, chosen, folders.record(chosen), folders)
+        )
+    raise typer.Exit(failed)
+
+
+@app.command()
+def collect(config: Config, results: Results = Path("results")) -> None:
+    """Compile the records that there are into runs.parquet and rounds.parquet; name what is missing."""
+    from fedlm import results as compiled
+    from fedlm import running
+
+    study = _study(config)
+    folders = _folders(study, results)
+    missing = running.restore(study, folders)
+    gone = set(missing)
+    paths = [folders.record(one) for one in study.runs() if one not in gone]
+    count = compiled.collect(paths, folders.root / "rounds.parquet", folders.root / "runs.parquet")
+    print(f"{study.study}: {count} records compiled")
+    for one in missing:
+        print(f"missing: {one.path}", file=sys.stderr)
+
+
+@app.command()
+def tables(
+    config: Config,
+    results: Results = Path("results"),
+    show: Annotated[bool, typer.Option(help="Print the main table and do not write any.")] = False,
+) -> None:
+    """Write the tables of a study from its compiled records."""
+    from fedlm import tables as table_module
+
+    study = _study(config)
+    root = _folders(study, results).root
+    expected = [tuple(one) for one in study.runs()]
+    titles = {label: entry.title for label, entry in study.methods.items()}
+    if show:
+        print(table_module.terminal(root / "runs.parquet", expected, titles))
+        return
+    table_module.make(root / "runs.parquet", root / "rounds.parquet", expected, titles, root / "tables")
+
+
+@app.command()
+def figures(
+    config: Config,
+    results: Results = Path("results"),
+    destination: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
+) -> None:
+    """Draw the figures of a study from its compiled records and partitions."""
+    from fedlm import figures as figure_module
+
+    study = _study(config)
+    folders = _folders(study, results)
+    titles = {label: entry.title for label, entry in study.methods.items()}
+    partitions = sorted((folders.root / "partitions").rglob("seed*.json"))
+    figure_module.make(
+        folders.root / "runs.parquet",
+        folders.root / "rounds.parquet",
+        partitions,
+        titles,
+        destination / study.study,
+    )
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, with reference and one line each."""
+    from fedlm.method import discover
+
+    _list((name, kind.title, kind.reference, _first_line(kind)) for name, kind in discover().items())
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks, with where their data come from."""
+    from fedlm.task import discover
+
+    _list((name, kind.title, kind.kind, kind.reference) for name, kind in discover().items())
+
+
+@app.command()
+def models() -> None:
+    """List the models that have a label; any other is named by a folder or a hub id."""
+    from fedlm.models import CATALOGUE
+
+    _list((name, found.title, found.hub, found.reference) for name, found in CATALOGUE.items())
+
+
+def _first_line(kind: type) -> str:
+    module = sys.modules[kind.__module__]
+    return (module.__doc__ or kind.__doc__ or "").strip().splitlines()[0]
+
+
+def _list(rows) -> None:
+    rows = [tuple(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _guarded(action: Callable[[], object]) -> int:
+    """Run an action; print what the reader must know of its failure; return the exit status."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        from fedlm.failures import describe
+
+        told = describe(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    """Run the command line; return the exit status: 0 done, 1 a failed run, 2 bad input."""
+    try:
+        return _guarded(app)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

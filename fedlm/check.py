@@ -1,0 +1,102 @@
+"""Everything that can be checked before the first job: data, models, and what methods ask of them."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from fedlm import method as method_module
+from fedlm import task as task_module
+from fedlm.config import Study
+from fedlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may ask about a model: `positions` is None where there is no limit."""
+
+    family: str
+    kind: str
+    blocks: int
+    hidden: int
+    positions: int | None
+    decoder: bool
+
+
+@cache
+def facts(model, kind: str) -> Facts:
+    """Return the facts of a model, from its shape alone; no weights are read.
+
+    Raises UserError when the model cannot be found or its blocks cannot.
+    """
+    from fedlm.blocks import find_blocks
+    from fedlm.models import build_config, build_on_meta, max_positions
+
+    shape = build_config(model, kind, 2)
+    return Facts(
+        family=shape.model_type,
+        kind=kind,
+        blocks=len(find_blocks(build_on_meta(model, kind, 2)).blocks),
+        hidden=shape.hidden_size,
+        positions=max_positions(model),
+        decoder=shape.model_type not in ("bert", "roberta", "distilbert", "deberta-v2", "electra"),
+    )
+
+
+def check(study: Study) -> None:
+    """Check a study beyond its file: data files, models, lengths, blocks. No data are read or downloaded.
+
+    Raises UserError with one line for each fault, naming the key's path.
+    """
+    faults: list[str] = []
+
+    def attempt(path: str, action) -> None:
+        try:
+            action()
+        except UserError as error:
+            faults.extend(f"{path}: {line}" for line in str(error).splitlines())
+
+    if "cuda" in {study.training.device, *(e.training.get("device") for e in study.tasks.values())}:
+        attempt("training.device", _require_cuda)
+    tasks, methods = task_module.discover(), method_module.discover()
+    for label, entry in study.tasks.items():
+        path, kind = f"tasks.{label}", tasks[entry.task].kind
+        kind = getattr(entry.settings, "kind", None) or kind
+        attempt(path, lambda entry=entry: tasks[entry.task](entry.settings).check())
+        model = entry.model or study.model
+        try:
+            found = facts(model, kind)
+        except UserError as error:
+            faults.append(f"{path}.model: {error}" if entry.model else f"model: {error}")
+            continue
+        length = getattr(entry.settings, "max_length", None)
+        if found.positions is not None and length is not None and length > found.positions:
+            faults.append(
+                f"{path}.max_length: {length}; allowed: at most {found.positions}, the positions of the model"
+            )
+        for name in dict.fromkeys(run.method for run in study.runs() if run.task == label):
+            chosen = study.methods[name]
+            kind_of_method = methods[chosen.method]
+            if kind not in kind_of_method.kinds:
+                faults.append(
+                    f"methods.{name}: does not serve {path}, which is {kind}; allowed: "
+                    f"{', '.join(kind_of_method.kinds)} (or name its tasks with methods.{name}.tasks)"
+                )
+                continue
+            built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
+            attempt(f"methods.{name}", lambda built=built, found=found: built.check(found))
+            room = (found.positions or 10**9) - built.virtual_tokens()
+            if room < 8:
+                faults.append(
+                    f"methods.{name}: {built.virtual_tokens()} virtual tokens; allowed: at most "
+                    f"{found.positions - 8}, which leaves 8 positions for the text"
+                )
+    if not any(True for _ in study.runs()):
+        faults.append("methods: no run is left; allowed: at least one method for a task and a partition")
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("cuda; allowed on this machine: auto, cpu (PyTorch finds no CUDA device)")

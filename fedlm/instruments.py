@@ -1,0 +1,106 @@
+"""The instruments of a run: FLOPs of every step, memory of a probe step, bytes of every payload."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedlm.memory import Memory, measure_step
+
+if TYPE_CHECKING:
+    from fedlm.method import Segment
+
+
+class Instruments:
+    """Counts FLOPs and measures memory, each shape of work once.
+
+    FLOPs depend on which parameters are trained and on the batch's shape and on nothing else, so PyTorch's
+    counter runs the first time a shape is met, over the step itself, and its figure is used again later.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Memory] = {}
+        self._largest: dict[str, int] = {}
+        self._flops: dict[tuple, int] = {}
+
+    def count(self, segment: "Segment", batch: dict[str, Tensor], work: Callable[[], Tensor]):
+        """Run `work` and return its result and the FLOPs of its forward and backward pass."""
+        key = (hash(tuple(segment.trainable)), *((name, value.shape) for name, value in batch.items()))
+        if key in self._flops:
+            return work(), self._flops[key]
+        with FlopCounterMode(display=False) as counter:
+            result = work()
+        self._flops[key] = counter.get_total_flops()
+        return result, self._flops[key]
+
+    def knows_memory(self, segment: "Segment", size: int) -> bool:
+        """Return whether a step of the segment at least as large was measured already."""
+        return self._largest.get(segment.label, 0) >= size
+
+    def measure(
+        self,
+        segment: "Segment",
+        size: int,
+        step: Callable[[], object],
+        model: Module,
+        state: Callable[[], Iterable[Tensor]],
+    ) -> None:
+        """Measure the peak of live tensors during `step` and note it under the segment's label."""
+        self._largest[segment.label] = size
+        found = measure_step(step, model, state)
+        known = self.memory.get(segment.label)
+        if known is None or found.peak > known.peak:
+            self.memory[segment.label] = found
+
+    def books(self) -> dict[str, list]:
+        """Return the memory found so far as plain values, for a checkpoint."""
+        return {label: [self._largest[label], asdict(memory)] for label, memory in self.memory.items()}
+
+    def restore(self, books: dict[str, list]) -> None:
+        """Continue from what `books` returned."""
+        for label, (size, memory) in books.items():
+            self._largest[label], self.memory[label] = size, Memory(**memory)
+
+    def peak(self) -> Memory | None:
+        """Return the memory of the turn with the highest peak; None before any turn."""
+        return max(self.memory.values(), key=lambda memory: memory.peak, default=None)
+
+
+class Ledger:
+    """Every payload's size in bytes, by direction, round and client; and the first broadcast, apart.
+
+    The broadcast is the whole pretrained model, which each client receives before its first turn.
+    """
+
+    def __init__(self, broadcast: int) -> None:
+        self.broadcast_size = broadcast
+        self.clients: set[int] = set()
+        self.download = 0
+        self.upload = 0
+        self.round: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # client: bytes down, bytes up
+
+    def downloaded(self, client: int, size: int) -> None:
+        """Note a payload from the server to a client."""
+        self.clients.add(client)
+        self.download += size
+        self.round[client][0] += size
+
+    def uploaded(self, client: int, size: int) -> None:
+        """Note a payload from a client to the server."""
+        self.upload += size
+        self.round[client][1] += size
+
+    def close_round(self) -> list[list[int]]:
+        """Return the round's payloads as rows [client, bytes down, bytes up] and begin a new round."""
+        rows = [[client, *sizes] for client, sizes in sorted(self.round.items())]
+        self.round.clear()
+        return rows
+
+    @property
+    def broadcast(self) -> int:
+        """Bytes of all first broadcasts so far."""
+        return self.broadcast_size * len(self.clients)

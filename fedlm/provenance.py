@@ -1,0 +1,66 @@
+"""Where a record comes from: code, versions, machine, hashes."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What draws and compiles records does not change them.
+NOT_IN_RECORDS = {"__main__", "results", "statistics", "tables", "figures", "costs"}
+PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
+
+
+@cache
+def code_hash(method: str, task: str) -> str:
+    """Return the SHA-256 of the source that a record of this method and this kind of task depends on."""
+    from fedlm.task import discover
+
+    paths = [path for path in (ROOT / "fedlm").glob("*.py") if path.stem not in NOT_IN_RECORDS]
+    paths.append(ROOT / "methods" / f"{method}.py")
+    paths.append(ROOT / "tasks" / f"{discover()[task].__module__.rpartition('.')[2]}.py")
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def commit() -> tuple[str, bool]:
+    """Return the commit of the source tree and whether the tree differs from it; ("unknown", True) outside git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return "unknown", True
+
+
+def _git(*words: str) -> str:
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=30
+    )
+    return found.stdout.strip()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that produce numbers."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def machine() -> dict[str, object]:
+    """Return what kind of machine this is: never its name."""
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": cuda,
+    }

@@ -1,0 +1,328 @@
+"""A client's turn: batches, optimizer, schedule, steps.
+
+One code path serves a real turn, the memory probe and the prediction of costs: on fake tensors the same
+steps run without arithmetic.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fedlm.config import Training
+from fedlm.instruments import Instruments
+from fedlm.method import Segment
+from fedlm.randomness import numpy_stream
+
+Batch = dict[str, Tensor]
+Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+class Diverged(Exception):
+    """A loss or an update that is not finite."""
+
+
+def steps_of_turn(
+    indices: numpy.ndarray, settings: Training, seed: int, round: int, client: int
+) -> list[Step]:
+    """Return the turn's optimizer steps, in order.
+
+    Each epoch is a new permutation of the client's examples, drawn from (seed, "batches", round, client):
+    the same for every method.
+    """
+    stream = numpy_stream(seed, "batches", round, client)
+    steps: list[Step] = []
+    epoch = 0
+    while len(steps) < settings.local_steps if settings.local_steps else epoch < settings.local_epochs:
+        order = stream.permutation(indices)
+        passes = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
+        steps += [passes[i : i + settings.accumulation] for i in range(0, len(passes), settings.accumulation)]
+        epoch += 1
+    return steps[: settings.local_steps]
+
+
+def rate_factor(progress: float, step: float, settings: Training) -> float:
+    """Return the learning rate's factor at `progress` (0 to 1) of the schedule.
+
+    `step` is the share of the schedule that one optimizer step covers: the first step of a warm-up has a rate
+    above zero.
+    """
+    if progress < settings.warmup:
+        return min(1.0, (progress + step) / settings.warmup)
+    rest = (progress - settings.warmup) / (1 - settings.warmup)
+    if settings.schedule == "linear":
+        return 1 - rest
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    return 1.0
+
+
+class LocalOptimizer:
+    """AdamW or SGD over named parameters, with a float32 copy of those that are stored in half precision.
+
+    `received` holds the float32 values that the client downloaded: a half-precision parameter's float32 copy
+    starts from them and not from their rounding.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Tensor], received: dict[str, Tensor], settings: Training
+    ) -> None:
+        self.settings = settings
+        self.parameters = parameters
+        self.masters = {
+            name: received.get(name, value).detach().to(value.device, torch.float32, copy=True)
+            for name, value in parameters.items()
+            if value.dtype != torch.float32
+        }
+        updated = [self.masters.get(name, value) for name, value in parameters.items()]
+        if settings.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(
+                updated,
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                eps=settings.epsilon,
+                weight_decay=settings.weight_decay,
+                foreach=False,
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                updated,
+                lr=settings.learning_rate,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                foreach=False,
+            )
+
+    def step(self, factor: float) -> None:
+        """Update the parameters from their gradients, with the learning rate times `factor`."""
+        settings = self.settings
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            if parameter.grad is not None:
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+        updated = [value for group in self.optimizer.param_groups for value in group["params"]]
+        gradients = [value.grad for value in updated if value.grad is not None]
+        if settings.loss_scale != 1:
+            for gradient in gradients:
+                gradient.div_(settings.loss_scale)
+        if settings.largest_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(updated, settings.largest_gradient_norm, foreach=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                self.parameters[name].copy_(master)
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the trained values, in float32 where a float32 copy is kept."""
+        return {name: self.masters.get(name, value) for name, value in self.parameters.items()}
+
+    def state(self) -> Iterator[Tensor]:
+        """Yield every tensor that the optimizer holds: float32 copies and moments."""
+        yield from self.masters.values()
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's state as named tensors: `<parameter>@exp_avg`, ..., `<parameter>@step`."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(self.masters.get(name, parameter), {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found[f"{name}@{key}"] = value.detach()
+        return found
+
+    def set_moments(self, moments: dict[str, Tensor]) -> None:
+        """Continue from the state that `moments` returned."""
+        for name, parameter in self.parameters.items():
+            updated = self.masters.get(name, parameter)
+            keys = [key for key in (*MOMENTS, "step") if f"{name}@{key}" in moments]
+            if keys:
+                state = {}
+                for key in keys:
+                    value = moments[f"{name}@{key}"].detach()
+                    device = "cpu" if key == "step" else updated.device
+                    state[key] = value.to(device, torch.float32, copy=True)
+                self.optimizer.state[updated] = state
+
+
+class Turn:
+    """One client's turn, as a method sees it.
+
+    Attributes: `client`, `round` (from 1); `examples` the client holds; `steps` is the number of optimizer
+    steps; `model` is the client's working copy; `received` the values it started from; `kept` what the client
+    keeps for its next turn, which a method may write to; `loss` the mean loss over the turn's steps.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        settings: Training,
+        steps: list[Step],
+        make_batch: Callable[[numpy.ndarray], Batch],
+        instruments: Instruments,
+        client: int = 0,
+        round: int = 1,
+        rounds: int = 1,
+        received: dict[str, Tensor] | None = None,
+        kept: dict[str, Tensor] | None = None,
+        moments: str = "reset",
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.client, self.round, self.rounds = client, round, rounds
+        self.received = received or {}
+        self.kept = {} if kept is None else kept
+        self.moments = moments
+        self.loss = 0.0
+        self.flops = 0
+        self._plan = steps
+        self._make_batch = make_batch
+        self._instruments = instruments
+        self._done = 0
+        self._values: dict[str, Tensor] = {}
+        self._parameters = dict(model.named_parameters())
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the turn."""
+        return len(self._plan)
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the current values of parameters, in float32 where the client trained a float32 copy.
+
+        With moments handed on, the optimizer's state of these parameters comes with them.
+        """
+        values = {name: self._values.get(name, self._parameters[name]).detach() for name in names}
+        if self.moments == "handed_on":
+            handed = {name: value for name, value in self._values.items() if name.partition("@")[0] in values}
+            values = {**handed, **values}
+        return values
+
+    def fit(self, segment: Segment) -> None:
+        """Train the segment's parameters for its number of steps; freeze all others.
+
+        Raises Diverged when the loss is not finite.
+        """
+        if not segment.trainable or not segment.steps:
+            return
+        optimizer = self._optimizer(segment)
+        plan = self._plan[self._done : self._done + segment.steps]
+        total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
+        self.model.train()
+        for step in plan:
+            total += self._step(step, optimizer, segment)
+            self._done += 1
+        loss = float(total) / max(1, len(plan))
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss}")
+        self.loss += loss * len(plan) / self.steps
+        self._values.update(optimizer.values())
+        if self.moments != "reset":
+            moments = optimizer.moments()
+            (self.kept if self.moments == "client" else self._values).update(
+                {name: value.clone() for name, value in moments.items()}
+            )
+
+    def _optimizer(self, segment: Segment) -> LocalOptimizer:
+        trainable = set(segment.trainable)
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in trainable)
+            parameter.grad = None
+        chosen = {name: self._parameters[name] for name in segment.trainable}
+        optimizer = LocalOptimizer(chosen, {**self.received, **self._values}, self.settings)
+        if self.moments != "reset":
+            optimizer.set_moments(self.kept if self.moments == "client" else self.received)
+        return optimizer
+
+    def _step(self, step: Step, optimizer: LocalOptimizer, segment: Segment | None) -> Tensor:
+        """Make one optimizer step and return its mean loss; without a segment, count no FLOPs."""
+        batches = [self._make_batch(indices) for indices in step]
+        targets = [_targets(batch) for batch in batches] if len(batches) > 1 else [1]
+        loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
+        for batch, weight in zip(batches, targets, strict=True):
+            share = weight / max(1, sum(targets))
+            work = _ForwardBackward(self.model, batch, self.settings, share)
+            if segment is None:
+                loss += work()
+            else:
+                value, flops = self._instruments.count(segment, batch, work)
+                self.flops += flops
+                loss += value
+        optimizer.step(rate_factor(*self._progress(), self.settings))
+        return loss
+
+    def _progress(self) -> tuple[float, float]:
+        within, one = self._done / max(1, self.steps), 1 / max(1, self.steps)
+        if self.settings.schedule_span == "turn":
+            return within, one
+        return (self.round - 1 + within) / self.rounds, one / self.rounds
+
+    def probe(self, segment: Segment, step: Step | None = None) -> None:
+        """Measure the memory of a training step of the segment at the turn's largest batch.
+
+        The trained parameters are put back, so the turn that follows is the same with or without the probe.
+        """
+        if not segment.trainable or not self._plan:
+            return
+        step = step or self._largest()
+        if self._instruments.knows_memory(segment, self._shape(step)):
+            return
+        parameters = {name: self._parameters[name] for name in segment.trainable}
+        before = {name: value.detach().clone() for name, value in parameters.items()}
+        optimizer = self._optimizer(segment)
+        self.model.train()
+        self._instruments.measure(
+            segment, self._shape(step), lambda: self._step(step, optimizer, None), self.model, optimizer.state
+        )
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)
+                parameters[name].grad = None
+
+    def _largest(self) -> Step:
+        """Return the step to probe: the largest forward pass, twice where gradients are accumulated."""
+        largest = max((indices for step in self._plan for indices in step), key=self._elements)
+        return [largest] * min(2, self.settings.accumulation, max(map(len, self._plan)))
+
+    def _elements(self, indices: numpy.ndarray) -> int:
+        length = getattr(self._make_batch, "length", None)
+        return len(indices) * (length(indices) if length else 1)
+
+    def _shape(self, step: Step) -> int:
+        return sum(map(self._elements, step))
+
+
+class _ForwardBackward:
+    """The forward and backward pass of one batch; called, it returns the loss times its share."""
+
+    def __init__(self, model: Module, batch: Batch, settings: Training, share: float) -> None:
+        self.model, self.batch, self.settings, self.share = model, batch, settings, share
+
+    def __call__(self) -> Tensor:
+        autocast = self.settings.autocast
+        device = next(iter(self.batch.values())).device.type
+        precision = torch.autocast(device, getattr(torch, autocast)) if autocast else nullcontext()
+        with precision:
+            loss = self.model(**self.batch).loss * self.share
+        (loss * self.settings.loss_scale).backward()
+        return loss.detach().float()
+
+
+def _targets(batch: Batch) -> int:
+    """Return how many values the batch's mean loss is a mean of."""
+    labels = batch.get("labels")
+    if labels is None:
+        return len(next(iter(batch.values())))
+    if labels.is_floating_point() or labels.dim() == 1:
+        return len(labels)
+    return max(1, int((labels[:, 1:] != -100).sum()))

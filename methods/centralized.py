@@ -1,0 +1,16 @@
+"""Centralised training: one client holds all examples; the upper bound that a federation is measured by."""
+
+import numpy
+
+from fedlm.method import Method
+
+
+class Centralized(Method):
+    """FedAvg with a single client that holds every training example of the partition."""
+
+    title = "Centralised"
+    reference = "control"
+    control = True
+
+    def population(self, parts):
+        return [numpy.sort(numpy.concatenate(parts))]

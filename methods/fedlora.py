@@ -1,0 +1,162 @@
+"""FedLoRA: only low-rank adapters and the head are trained, sent and averaged.
+
+Sources: LoRA arXiv:2106.09685; its federated average FedIT arXiv:2305.05644; FFA-LoRA arXiv:2403.12313; FedSA-LoRA
+arXiv:2410.01463; RoLoRA arXiv:2409.02346; FlexLoRA arXiv:2402.11505; FedEx-LoRA arXiv:2410.09432.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedlm.errors import UserError
+from fedlm.method import Method, MethodConfig, weighted_mean
+
+# Glm is missing from peft's own table of attention projections.
+TARGETS = {"glm": ["q_proj", "v_proj"]}
+
+
+class FedLoRA(Method):
+    """A frozen weight W gets a trainable update (alpha / rank) B A, with A (rank, in) and B (out, rank).
+
+    The plain form averages A and B separately; the mean of A and the mean of B do not multiply to the mean of
+    B A. The variants treat this differently:
+
+    - `ffa`: A stays as it was initialised, so the mean of B is exact.
+    - `fedsa`: only A is shared; each client keeps its B, and the clients' own models are scored.
+    - `rolora`: B is trained in odd rounds and A in even ones (B first: it is zero, and A has no gradient then).
+    - `flexlora`: the server averages the products and decomposes the mean into the best A and B of that rank.
+    - `fedex`: A and B are averaged, and what is missing to the mean product is added to the frozen weights,
+      which therefore travel to the clients from the second round on.
+    """
+
+    title = "FedLoRA"
+    reference = "arXiv:2305.05644"
+
+    class Config(MethodConfig):
+        """Shape of the adapters, and how they are shared."""
+
+        rank: int = Field(8, ge=1, le=4096)
+        alpha: float = Field(16, gt=0, le=1e6, description="the update is scaled by alpha / rank")
+        targets: list[str] | None = Field(
+            None,
+            min_length=1,
+            description="ends of the names of adapted matrices; None: those that peft names",
+        )
+        variant: Literal["average", "ffa", "fedsa", "rolora", "flexlora", "fedex"] = "average"
+
+    def check(self, facts):
+        if self.config.rank > facts.hidden:
+            raise UserError(f"rank: {self.config.rank}; allowed: at most {facts.hidden}, the model's width")
+
+    def adapt(self, model, kind):
+        from peft import LoraConfig, get_peft_model
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        family = model.config.model_type
+        targets = self.config.targets or TARGETS.get(family) or KNOWN.get(family)
+        if not targets:
+            raise UserError(
+                f"targets: missing; name the matrices to adapt, since peft knows none for {family}"
+            )
+        names = [name for name, _ in model.named_modules()]
+        absent = [
+            target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)
+        ]
+        if absent:
+            raise UserError(
+                f"targets: {absent[0]!r} is no module of the model; allowed: ends of module names"
+            )
+        head = {f"base_model.model.{name}" for name in self.anatomy.head}
+        lora = LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha, target_modules=list(targets))
+        model = get_peft_model(model, lora)
+        for name, parameter in model.named_parameters():
+            adapter = "lora_A" not in name if self.config.variant == "ffa" else True
+            parameter.requires_grad_(name in head or ("lora_" in name and adapter))
+        self.adapted = {
+            f"{name}.": bool(getattr(module, "fan_in_fan_out", False))
+            for name, module in model.named_modules()
+            if hasattr(module, "lora_A")
+        }
+        return model
+
+    def prepare(self, model, kind):
+        model = super().prepare(model, kind)
+        self.shared = list(self.exchanged)
+        if self.config.variant == "fedex":
+            self.exchanged = self.shared + [f"{module}base_layer.weight" for module in self.adapted]
+        return model
+
+    def trainable(self, client, round):
+        if self.config.variant != "rolora":
+            return self.shared
+        frozen = "lora_A" if round % 2 else "lora_B"
+        return [name for name in self.shared if frozen not in name]
+
+    def download(self, server, client, round):
+        if self.config.variant == "fedsa":
+            return {name: value for name, value in server.tensors.items() if "lora_B" not in name}
+        if self.config.variant == "fedex":
+            unchanged = {
+                name for name in self.exchanged if "base_layer" in name and name not in server.version
+            }
+            return {name: value for name, value in server.tensors.items() if name not in unchanged}
+        return server.tensors
+
+    def upload(self, turn):
+        values = super().upload(turn)
+        if self.config.variant == "fedsa":
+            own = {name: value for name, value in values.items() if "lora_B" in name}
+            turn.kept.update({name: value.cpu().clone() for name, value in own.items() if "@" not in name})
+            values = {name: value for name, value in values.items() if name not in own}
+        return values
+
+    def models(self, server):
+        if self.config.variant == "fedsa" and server.kept:
+            return ({**server.tensors, **kept} for kept in server.kept.values())
+        return [server.tensors]
+
+    def merge(self, server, uploads, round):
+        if self.config.variant not in ("flexlora", "fedex"):
+            return super().merge(server, uploads, round)
+        products: dict = {}
+        means = weighted_mean(self._with_products(uploads, products))
+        if not means:
+            return None
+        for name, (value, _) in means.items():
+            server.update(name, value)
+        for module, (product, _) in products.items():
+            if self.config.variant == "flexlora":
+                self._decompose(server, module, product)
+            else:
+                self._add_residual(server, module, product)
+        return None
+
+    def _with_products(self, uploads, products):
+        """Pass the uploads on and fold each module's product B A into a running weighted mean."""
+        for upload in uploads:
+            for module in self.adapted:
+                a, b = (upload.tensors[name] for name in self._names(module))
+                mean, weight = products.get(module, (None, 0))
+                total = weight + upload.examples
+                product = b @ a
+                mean = product if mean is None else mean.lerp_(product, upload.examples / total)
+                products[module] = (mean, total)
+            yield upload
+
+    def _names(self, module):
+        return f"{module}lora_A.default.weight", f"{module}lora_B.default.weight"
+
+    def _decompose(self, server, module, product):
+        import torch
+
+        u, s, v = torch.linalg.svd(product, full_matrices=False)
+        root, rank = s[: self.config.rank].sqrt(), self.config.rank
+        a, b = self._names(module)
+        server.update(a, root[:, None] * v[:rank])
+        server.update(b, u[:, :rank] * root)
+
+    def _add_residual(self, server, module, product):
+        a, b = (server.tensors[name] for name in self._names(module))
+        residual = (product - b @ a) * (self.config.alpha / self.config.rank)
+        weight = f"{module}base_layer.weight"
+        server.update(weight, server.tensors[weight] + (residual.T if self.adapted[module] else residual))

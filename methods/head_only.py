@@ -1,0 +1,18 @@
+"""Linear probing: the pretrained model stays as it is and only the new head is trained and averaged."""
+
+from fedlm.method import Method
+
+
+class HeadOnly(Method):
+    """FedAvg over the head; the lower bound of what tuning the transformer adds."""
+
+    title = "Head only"
+    reference = "control"
+    control = True
+    kinds = ("classification", "regression", "question_answering")
+
+    def adapt(self, model, kind):
+        head = set(self.anatomy.head)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in head)
+        return model
