@@ -403,7 +403,8 @@ class Prepared:
         for name in ("test", "validation"):
             parts[name] = numpy.flatnonzero(parts[name])
             if not len(parts[name]):
-                count = max(1, round(self.shares[name] * len(self)))
+                count = round(self.shares[name] * len(self))
+                count = max(1, min(count, self.caps[name] or count))
                 parts[name] = self._draw(parts["train"], count, random)
                 parts["train"] = numpy.setdiff1d(parts["train"], parts[name])
         for name, part in parts.items():
@@ -434,7 +435,7 @@ class Prepared:
         """
         import torch
 
-        columns = self.columns
+        columns, indices = self.columns, numpy.asarray(indices)
         windows = self._windows_of(indices)
         mask, source = self._layout(windows)
         arrays = {
@@ -461,7 +462,7 @@ class Prepared:
 
         Two arrays (windows, length) beside those of `batch`; -1 for tokens that are not of the document.
         """
-        mask, source = self._layout(self._windows_of(indices))
+        mask, source = self._layout(self._windows_of(numpy.asarray(indices)))
         columns = (self.columns["character_start"], self.columns["character_end"])
         return tuple(_fill(mask, column[source], -1) for column in columns)
 

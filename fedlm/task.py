@@ -54,10 +54,10 @@ class Windows(Settings):
 
 def check_windows(config) -> None:
     """Raise ValueError if the settings leave no room for a document beside the longest question."""
-    if config.max_length < 32 or config.doc_stride > config.max_length // 4:
+    if config.max_length < 32 or config.doc_stride >= config.max_length // 2 - 8:
         raise ValueError(
             f"max_length {config.max_length} with doc_stride {config.doc_stride}; allowed: at least 32 with "
-            "a stride of at most a quarter of it (half is for the question)"
+            f"a stride below {config.max_length // 2 - 8} (half is for the question)"
         )
 
 
