@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from fedlm import __version__
 from fedlm.errors import UserError
 
 app = typer.Typer(

@@ -24,7 +24,7 @@ from fedlm.instruments import Instruments, Ledger
 from fedlm.link import Link
 from fedlm.method import Method, Server, Upload
 from fedlm.payload import PayloadError
-from fedlm.randomness import derive, numpy_stream
+from fedlm.randomness import derive, isolated, numpy_stream
 from fedlm.scoring import score
 from fedlm.training import Diverged, Turn, steps_of_turn
 
@@ -143,7 +143,7 @@ class Federation:
             kept=self.server.kept.setdefault(client, {}),
             moments=self.method.config.moments,
         )
-        with layers, _isolated(derive(self.seed, "dropout in layers", round, client)):
+        with layers, isolated(derive(self.seed, "dropout in layers", round, client)):
             with self._timed("probe"):
                 for segment in self.method.segments(client, round, turn.steps):
                     turn.probe(segment)
@@ -281,11 +281,3 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-@contextmanager
-def _isolated(seed: int) -> Iterator[None]:
-    """Give the layers' own dropout a stream of the turn's, and leave the global generators as they were."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

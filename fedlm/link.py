@@ -60,7 +60,7 @@ class Link:
         return self.config.cache == "last_visit" and seen == version and (exact or not exactly)
 
     def receive(self, client: int, message: bytes) -> dict[str, Tensor]:
-        """Return the values of the client's copy: pretrained, overlaid by what it kept and what it was sent."""
+        """Return the values of the client's copy: pretrained, then what it kept, then what it was sent."""
         decoded = payload.decode(message, self.expected())
         kept = self.server.kept.get(client, {})
         if self.config.cache == "last_visit":

@@ -130,14 +130,16 @@ class Method:
     def prepare(self, model: Module, kind: str) -> Module:
         """Adapt the pretrained model and note its blocks and its exchanged parameters."""
         from fedlm.blocks import find_blocks
+        from fedlm.randomness import derive, isolated
 
         self.anatomy = find_blocks(model)
-        model = self.adapt(model, kind)
+        with isolated(derive(self.seed, "adapter")):
+            model = self.adapt(model, kind)
         self.exchanged = [name for name, value in model.named_parameters() if value.requires_grad]
         return model
 
     def cohorts(self, clients: list[int], round: int) -> list[list[int]]:
-        """Split the round's clients into cohorts: each starts from one server state and is merged together."""
+        """Split the round's clients into cohorts, each starting from one server state and merged together."""
         return [clients]
 
     def trainable(self, client: int, round: int) -> list[str]:

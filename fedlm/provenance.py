@@ -31,7 +31,7 @@ def code_hash(method: str, task: str) -> str:
 
 @cache
 def commit() -> tuple[str, bool]:
-    """Return the commit of the source tree and whether the tree differs from it; ("unknown", True) outside git."""
+    """Return the source's commit and whether the tree differs from it; ("unknown", True) outside git."""
     try:
         head = _git("rev-parse", "HEAD")
         return head, bool(_git("status", "--porcelain", "--untracked-files=no"))

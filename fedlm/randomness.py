@@ -9,6 +9,8 @@ the interrupted one would have drawn.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy
@@ -35,3 +37,16 @@ def torch_stream(
     import torch  # here, because tables and partitions need no torch, and importing it takes seconds
 
     return torch.Generator(device).manual_seed(derive(seed, purpose, *indices))
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Give code that only knows torch's global generators a stream of its own; put them back afterwards.
+
+    Needed where the generator cannot be handed over: the layers' dropout, and peft's initialisation.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

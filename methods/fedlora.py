@@ -1,7 +1,7 @@
 """FedLoRA: only low-rank adapters and the head are trained, sent and averaged.
 
-Sources: LoRA arXiv:2106.09685; its federated average FedIT arXiv:2305.05644; FFA-LoRA arXiv:2403.12313; FedSA-LoRA
-arXiv:2410.01463; RoLoRA arXiv:2409.02346; FlexLoRA arXiv:2402.11505; FedEx-LoRA arXiv:2410.09432.
+Sources: LoRA arXiv:2106.09685; its federated average FedIT arXiv:2305.05644; FFA-LoRA arXiv:2403.12313;
+FedSA-LoRA arXiv:2410.01463; RoLoRA arXiv:2409.02346; FlexLoRA arXiv:2402.11505; FedEx-LoRA arXiv:2410.09432.
 """
 
 from typing import Literal
@@ -18,8 +18,8 @@ TARGETS = {"glm": ["q_proj", "v_proj"]}
 class FedLoRA(Method):
     """A frozen weight W gets a trainable update (alpha / rank) B A, with A (rank, in) and B (out, rank).
 
-    The plain form averages A and B separately; the mean of A and the mean of B do not multiply to the mean of
-    B A. The variants treat this differently:
+    The plain form averages A and B separately; the mean of A and the mean of B do not multiply to the mean
+    of B A. The variants treat this differently:
 
     - `ffa`: A stays as it was initialised, so the mean of B is exact.
     - `fedsa`: only A is shared; each client keeps its B, and the clients' own models are scored.
@@ -40,7 +40,7 @@ class FedLoRA(Method):
         targets: list[str] | None = Field(
             None,
             min_length=1,
-            description="ends of the names of adapted matrices; None: those that peft names",
+            description="ends of the adapted matrices' names; None: peft's choice",
         )
         variant: Literal["average", "ffa", "fedsa", "rolora", "flexlora", "fedex"] = "average"
 

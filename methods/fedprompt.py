@@ -1,7 +1,7 @@
 """Federated prompt tuning: only virtual tokens and the head are trained, sent and averaged.
 
-Sources: prompt tuning arXiv:2104.08691; prefix tuning arXiv:2101.00190; P-tuning arXiv:2103.10385; P-tuning v2
-arXiv:2110.07602; averaged over clients as in FedPrompt arXiv:2208.12268. The tuners are peft's.
+Sources: prompt tuning arXiv:2104.08691; prefix tuning arXiv:2101.00190; P-tuning arXiv:2103.10385; P-tuning
+v2 arXiv:2110.07602; averaged over clients as in FedPrompt arXiv:2208.12268. The tuners are peft's.
 """
 
 from typing import Literal
@@ -21,8 +21,8 @@ TASK_TYPES = {
 class FedPrompt(Method):
     """Virtual tokens before the text; they take positions of the model, so long texts are cut shorter.
 
-    `prompt`: embeddings before the input. `prefix`: keys and values in every layer, trained directly, which is
-    P-tuning v2. `prefix_projected`: the same through an MLP, as prefix tuning was published. `p_tuning`:
+    `prompt`: embeddings before the input. `prefix`: keys and values in every layer, trained directly, which
+    is P-tuning v2. `prefix_projected`: the same through an MLP, as prefix tuning was published. `p_tuning`:
     embeddings made by an MLP.
     """
 
