@@ -149,9 +149,10 @@ def _causal_windows(rows, tokenizer, config, leading) -> dict:
         ]
         targets = tokenizer([text[:limit] for text in chunk["target"]], add_special_tokens=False)["input_ids"]
         for prompt, target in zip(prompts, targets, strict=True):
-            target = target + end
-            before, after = _room(len(leading) + len(prompt), len(target), config.max_length)
-            window = (leading + prompt)[len(leading) + len(prompt) - before :] + target[:after]
+            # The first target token needs one before it from which it is predicted.
+            prompt, target = leading + prompt or end or [_padding(tokenizer)], target + end
+            before, after = _room(len(prompt), len(target), config.max_length)
+            window = prompt[len(prompt) - before :] + target[:after]
             ids += window
             lengths.append(len(window))
             target_starts.append(before)

@@ -1,4 +1,4 @@
-"""Loss and metrics of a model on prepared examples; the one definition of the loss for training as well."""
+"""Loss and metrics of a model on prepared examples."""
 
 import math
 
@@ -13,8 +13,9 @@ LABELS = ("labels", "start_positions", "end_positions")
 
 
 def losses(kind: str, outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the losses whose mean is minimised, float32, one each target token, window or example.
+    """Return the losses, float32, whose mean over one batch is the loss that Transformers' models compute.
 
+    (For question answering theirs lets padding be chosen and so depends on its amount; here it cannot be.)
     Classification: cross-entropy (examples,). Regression: squared error (examples,). Causal: negative
     log-likelihood (target tokens,). Question answering: mean cross-entropy of start and end (windows,).
 
@@ -25,12 +26,14 @@ def losses(kind: str, outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         batch: as `Prepared.batch` gives it, on the model's device.
     """
     if kind == "question_answering":
-        length = batch["input_ids"].shape[1]
-        pairs = [
-            (outputs.start_logits, batch["start_positions"]),
-            (outputs.end_logits, batch["end_positions"]),
-        ]
-        return sum(_cross_entropy(logits[:, -length:], positions) for logits, positions in pairs) / 2
+        padding = batch["attention_mask"] == 0
+        start, end = (
+            logits[:, -padding.shape[1] :].masked_fill(padding, -math.inf)
+            for logits in (outputs.start_logits, outputs.end_logits)
+        )
+        return (
+            _cross_entropy(start, batch["start_positions"]) + _cross_entropy(end, batch["end_positions"])
+        ) / 2
     if kind == "classification":
         return _cross_entropy(outputs.logits, batch["labels"])
     if kind == "regression":
@@ -42,8 +45,6 @@ def losses(kind: str, outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def _target_logits(outputs, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits that predict a target token, (target tokens, words), and the tokens."""
     labels = batch["labels"]
-    if labels[:, 0].ne(IGNORED).any():
-        raise ValueError("a target at the first position has nothing to be predicted from")
     wanted = labels[:, 1:] != IGNORED
     return outputs.logits[:, -labels.shape[1] : -1][wanted], labels[:, 1:][wanted]
 
