@@ -112,7 +112,7 @@ class HubTask(Task):
             if source.count("/") != 1 or source.startswith((".", "~", "/")):
                 raise UserError(f"{place}; allowed: a local folder that exists, or a hub id owner/name")
             return {}
-        parts = [folder / self.subset] * (self.subset is not None) + [folder / "data", folder]
+        parts = [folder / part for part in (self.subset or "data", "data", ".")]
         found = {}
         for split in self.splits.values():
             candidates = (
@@ -151,8 +151,10 @@ def _require_values(column: pandas.Series, place: str, number: bool) -> None:
     wrong = ~column.map(lambda value: isinstance(value, expected) and value == value)
     if wrong.any():
         row = int(wrong.argmax())
-        kind = "a number" if number else "a text"
-        raise UserError(f"{place}, row {row + 1}: {_short(repr(column[row]))} is not {kind}")
+        value, kind = column[row], "a number" if number else "a text"
+        missing = value is None or value != value
+        fault = "the value is missing" if missing else f"{_short(repr(value))} is not {kind}"
+        raise UserError(f"{place}, row {row + 1}: {fault}")
 
 
 def _short(error) -> str:

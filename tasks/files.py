@@ -50,7 +50,7 @@ class Files(Task):
             "the answer as a text, or as SQuAD has it: {text: [...], answer_start: [...]}",
         )
         group: str | None = Field(None, min_length=1, description="column of the natural client population")
-        kind: Kind = "classification"
+        kind: Kind = Field("classification", description="what the model does with a row")
         metric: str | None = Field(None, description="the main metric, of those that the kind has")
 
         @model_validator(mode="after")
@@ -250,22 +250,26 @@ def _answers(column: pandas.Series, contexts: pandas.Series, place: str) -> tupl
     """Return the lists of answers and of their positions in the document."""
     texts, starts = [], []
     for row, (value, context) in enumerate(zip(column, contexts, strict=True), start=1):
-        answer = json.loads(value) if isinstance(value, str) and value.startswith('{"') else value
-        if isinstance(answer, dict):
-            found = [str(text) for text in answer.get("text", [])]
-            places = [int(start) for start in answer.get("answer_start", [])]
+        if isinstance(value, dict):
+            found, places = value.get("text"), value.get("answer_start")
         else:
-            found, places = [str(answer)], [context.find(str(answer))]
-        right = len(found) == len(places) and all(
-            start >= 0 and context.startswith(text, start) for text, start in zip(found, places, strict=True)
-        )
-        if not right:
+            found, places = [str(value)], [context.find(str(value))]
+        if not _right(found, places, context):
             raise UserError(
                 f"{place}: column {column.name!r}, row {row}: the answer {_short(value)} is not in the text"
             )
-        texts.append(found)
-        starts.append(places)
+        texts.append(list(found))
+        starts.append([int(start) for start in places])
     return texts, starts
+
+
+def _right(answers, starts, context: str) -> bool:
+    """Return whether these are lists of texts and of where each of them starts in the document."""
+    try:
+        pairs = list(zip(answers, map(int, starts), strict=True))
+        return all(start >= 0 and context.startswith(answer, start) for answer, start in pairs)
+    except (TypeError, ValueError):
+        return False
 
 
 def _short(value) -> str:
