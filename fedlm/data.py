@@ -7,6 +7,7 @@ input of its own; for all other kinds it has exactly one.
 """
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,10 +80,20 @@ def tokenise(task: Task, corpus: Corpus, tokenizer) -> "Prepared":
     rows, config = corpus.rows, task.config
     leading, trailing = _special_tokens(tokenizer)
     encode = {"causal": _causal_windows, "question_answering": _answer_windows}.get(task.kind, _text_windows)
-    columns = encode(rows, tokenizer, config, leading)
+    # In chunks, since Python's lists of numbers take ten times the memory of arrays.
+    chunks = [rows.iloc[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    parts = [encode(chunk, tokenizer, config, leading) for chunk in chunks]
+    columns = {name: numpy.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for offsets, counts in {"window_offsets": "tokens_each", "example_offsets": "windows_each"}.items():
+        columns[offsets] = numpy.concatenate([[0], numpy.cumsum(columns.pop(counts), dtype=numpy.int64)])
+    if "token_types" in columns and not columns["token_types"].any():
+        del columns["token_types"]  # What a model takes them for when it is told nothing.
     columns["split"] = numpy.array([SPLITS.index(split) for split in rows["split"]], numpy.int8)
     if task.kind in ("classification", "regression"):
         columns["label"] = rows["label"].to_numpy(numpy.int64 if task.kind == "classification" else float)
+    if task.kind == "question_answering":
+        columns["context"] = pyarrow.array(list(rows["context"]), pyarrow.large_string())
+        columns["answers"] = pyarrow.array(list(rows["answers"]), pyarrow.list_(pyarrow.string()))
     if corpus.group_names:
         columns["group"] = rows["group"].to_numpy(numpy.int32)
     description = {
@@ -115,22 +126,14 @@ def tokenise(task: Task, corpus: Corpus, tokenizer) -> "Prepared":
 def _text_windows(rows, tokenizer, config, leading) -> dict:
     """One window an example: the text, or the pair of texts, cut at the end of the longer one."""
     limit = CHARACTERS_PER_TOKEN * config.max_length
-    ids, types, lengths = [], [], []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows.iloc[start : start + CHUNK]
-        columns = [c for c in ("text", "text_pair") if c in chunk]
-        texts = [[text[:limit] for text in chunk[column]] for column in columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=config.max_length)
-        # A decoder's tokenizer gives nothing for an empty text, and a model cannot read nothing.
-        windows = [window or [_padding(tokenizer)] for window in encoded["input_ids"]]
-        ids += [token for window in windows for token in window]
-        lengths += map(len, windows)
-        if "token_type_ids" in encoded and "text_pair" in columns:
-            types += [kind for window in encoded["token_type_ids"] for kind in window]
-    columns = _ragged(ids, lengths)
-    if len(types) == len(ids):
-        columns["token_types"] = numpy.array(types, numpy.int8)
-    return columns
+    columns = [column for column in ("text", "text_pair") if column in rows]
+    texts = [[text[:limit] for text in rows[column]] for column in columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=config.max_length)
+    # A decoder's tokenizer gives nothing for an empty text, and a model cannot read nothing.
+    found = _one_window_each([window or [_padding(tokenizer)] for window in encoded["input_ids"]])
+    if "token_type_ids" in encoded:
+        found["token_types"] = _flat(encoded["token_type_ids"], numpy.int8)
+    return found
 
 
 def _causal_windows(rows, tokenizer, config, leading) -> dict:
@@ -140,23 +143,17 @@ def _causal_windows(rows, tokenizer, config, leading) -> dict:
     """
     limit = CHARACTERS_PER_TOKEN * config.max_length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids, lengths, target_starts = [], [], []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows.iloc[start : start + CHUNK]
-        # The end of a long prompt is what the answer depends on most; of a long target, the beginning.
-        prompts = tokenizer([text[-limit:] for text in chunk["prompt"]], add_special_tokens=False)[
-            "input_ids"
-        ]
-        targets = tokenizer([text[:limit] for text in chunk["target"]], add_special_tokens=False)["input_ids"]
-        for prompt, target in zip(prompts, targets, strict=True):
-            # The first target token needs one before it from which it is predicted.
-            prompt, target = leading + prompt or end or [_padding(tokenizer)], target + end
-            before, after = _room(len(prompt), len(target), config.max_length)
-            window = prompt[len(prompt) - before :] + target[:after]
-            ids += window
-            lengths.append(len(window))
-            target_starts.append(before)
-    return {**_ragged(ids, lengths), "target_start": numpy.array(target_starts, numpy.int32)}
+    # The end of a long prompt is what the answer depends on most; of a long target, the beginning.
+    prompts = tokenizer([text[-limit:] for text in rows["prompt"]], add_special_tokens=False)
+    targets = tokenizer([text[:limit] for text in rows["target"]], add_special_tokens=False)
+    windows, target_starts = [], []
+    for prompt, target in zip(prompts["input_ids"], targets["input_ids"], strict=True):
+        # The first target token needs one before it from which it is predicted.
+        prompt, target = leading + prompt or end or [_padding(tokenizer)], target + end
+        before, after = _room(len(prompt), len(target), config.max_length)
+        windows.append(prompt[len(prompt) - before :] + target[:after])
+        target_starts.append(before)
+    return {**_one_window_each(windows), "target_start": numpy.array(target_starts, numpy.int32)}
 
 
 def _room(prompt: int, target: int, length: int) -> tuple[int, int]:
@@ -176,52 +173,38 @@ def _answer_windows(rows, tokenizer, config, leading) -> dict:
     tokens that are not of the document.
     """
     limit = CHARACTERS_PER_TOKEN * config.max_length
-    names = ["tokens", "token_types", "character_start", "character_end"]
-    flat = {name: [] for name in names}
-    lengths, windows, starts, ends = [], [], [], []
-    for first in range(0, len(rows), CHUNK):
-        chunk = rows.iloc[first : first + CHUNK]
-        questions = [_cut(q[:limit], tokenizer, config.max_length // 2) for q in chunk["question"]]
-        contexts = [context[: limit * config.max_windows] for context in chunk["context"]]
-        encoded = tokenizer(
-            questions,
-            contexts,
-            truncation="only_second",
-            max_length=config.max_length,
-            stride=config.doc_stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        of_example = numpy.array(encoded["overflow_to_sample_mapping"])
-        for example in range(len(chunk)):
-            kept = numpy.flatnonzero(of_example == example)[: config.max_windows]
-            windows.append(len(kept))
-            answers, positions = chunk["answers"].iloc[example], chunk["answer_start"].iloc[example]
-            for window in kept:
-                in_context = numpy.array(encoded.sequence_ids(window), float) == 1
-                characters = numpy.where(in_context[:, None], encoded["offset_mapping"][window], -1)
-                span = (0, 0)
-                if len(answers):
-                    span = _span(characters, positions[0], positions[0] + len(answers[0]))
-                starts.append(span[0])
-                ends.append(span[1])
-                lengths.append(len(characters))
-                flat["tokens"] += encoded["input_ids"][window]
-                flat["token_types"] += (
-                    encoded["token_type_ids"][window] if "token_type_ids" in encoded else []
-                )
-                flat["character_start"] += characters[:, 0].tolist()
-                flat["character_end"] += characters[:, 1].tolist()
-    columns = _ragged(flat["tokens"], lengths, windows)
-    if flat["token_types"]:
-        columns["token_types"] = numpy.array(flat["token_types"], numpy.int8)
-    columns["character_start"] = numpy.array(flat["character_start"], numpy.int32)
-    columns["character_end"] = numpy.array(flat["character_end"], numpy.int32)
-    columns["start_position"] = numpy.array(starts, numpy.int32)
-    columns["end_position"] = numpy.array(ends, numpy.int32)
-    columns["context"] = pyarrow.array(list(rows["context"]), pyarrow.large_string())
-    columns["answers"] = pyarrow.array([list(a) for a in rows["answers"]], pyarrow.list_(pyarrow.string()))
-    return columns
+    encoded = tokenizer(
+        [_cut(question[:limit], tokenizer, config.max_length // 2) for question in rows["question"]],
+        [context[: limit * config.max_windows] for context in rows["context"]],
+        truncation="only_second",
+        max_length=config.max_length,
+        stride=config.doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    kept, characters, spans = [], [], []
+    windows_each = numpy.zeros(len(rows), numpy.int64)
+    answers, answer_starts = list(rows["answers"]), list(rows["answer_start"])
+    for window, example in enumerate(encoded["overflow_to_sample_mapping"]):
+        if windows_each[example] == config.max_windows:
+            continue
+        windows_each[example] += 1
+        kept.append(window)
+        of_document = numpy.array(encoded.sequence_ids(window), float) == 1
+        places = numpy.where(of_document[:, None], encoded["offset_mapping"][window], -1)
+        characters.append(places.astype(numpy.int32))
+        span = (0, 0)
+        if len(answers[example]):
+            start = answer_starts[example][0]
+            span = _span(places, start, start + len(answers[example][0]))
+        spans.append(span)
+    found = _one_window_each([encoded["input_ids"][window] for window in kept])
+    found["windows_each"] = windows_each
+    if "token_type_ids" in encoded:
+        found["token_types"] = _flat([encoded["token_type_ids"][window] for window in kept], numpy.int8)
+    found["character_start"], found["character_end"] = numpy.concatenate(characters).T
+    found["start_position"], found["end_position"] = numpy.array(spans, numpy.int32).T
+    return found
 
 
 def _cut(question: str, tokenizer, tokens: int) -> str:
@@ -256,13 +239,16 @@ def _padding(tokenizer) -> int:
     return next(token for token in found if token is not None)
 
 
-def _ragged(tokens: list[int], lengths: list[int], windows: list[int] | None = None) -> dict:
-    windows = numpy.ones(len(lengths), int) if windows is None else windows
+def _one_window_each(windows: list[list[int]]) -> dict:
     return {
-        "tokens": numpy.array(tokens, numpy.int32),
-        "window_offsets": numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)]),
-        "example_offsets": numpy.concatenate([[0], numpy.cumsum(windows, dtype=numpy.int64)]),
+        "tokens": _flat(windows, numpy.int32),
+        "tokens_each": numpy.array([len(window) for window in windows], numpy.int64),
+        "windows_each": numpy.ones(len(windows), numpy.int64),
     }
+
+
+def _flat(windows: list[list[int]], dtype) -> numpy.ndarray:
+    return numpy.fromiter(itertools.chain.from_iterable(windows), dtype)
 
 
 def _content_hash(columns: dict, description: dict) -> str:
