@@ -38,28 +38,44 @@ class PayloadError(Exception):
 
 @dataclass(frozen=True)
 class Pruned:
-    """A tensor of which only the elements under `mask` travel; the others are zero at the receiver."""
+    """A tensor of which only the elements under `mask` travel; the others are zero at the receiver.
+
+    Where sizes are foretold without values there is no mask, and `kept` says how many elements travel.
+    """
 
     tensor: Tensor
-    mask: Tensor  # bool, same shape
+    mask: Tensor | None  # bool, same shape
+    kept: int | None = None
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """Return the stored parts: the packed mask (ceil(n / 8) bytes) and the kept values (k,)."""
         return {f"{name}#mask": pack(self.mask), f"{name}#values": self.tensor[self.mask]}
 
+    def count(self) -> int:
+        """Return the number of values that travel."""
+        return int(self.mask.sum()) if self.kept is None else self.kept
+
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix that travels as one signed byte an element and one scale per output channel (row)."""
+    """A matrix that travels as one signed byte an element and one scale per output channel.
+
+    `channels` is the dimension of the output channels: 0, or 1 where the transposed weight is stored.
+    """
 
     tensor: Tensor
+    channels: int = 0
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """Return the stored parts: int8 of the tensor's shape, float32 scales (rows,)."""
-        rows = self.tensor.float().flatten(1)
-        scale = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        values = (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return {f"{name}#int8": values.view(self.tensor.shape), f"{name}#scale": scale}
+        """Return the stored parts: int8 of the tensor's shape, and float32 scales that broadcast to it."""
+        values = self.tensor.float()
+        scale = values.abs().amax(1 - self.channels, keepdim=True) / 127
+        steps = values / scale.where(scale > 0, 1)
+        return {f"{name}#int8": steps.round().clamp(-127, 127).to(torch.int8), f"{name}#scale": scale}
+
+    def scale_shape(self) -> tuple[int, int]:
+        """Return the scales' shape: (rows, 1) or (1, columns)."""
+        return (self.tensor.shape[0], 1) if self.channels == 0 else (1, self.tensor.shape[1])
 
 
 Sendable = Tensor | Pruned | Quantized
@@ -107,7 +123,7 @@ def encode(tensors: Mapping[str, Sendable], precision: str = "float32") -> bytes
 def size(tensors: Mapping[str, Sendable], precision: str = "float32") -> int:
     """Return `len(encode(tensors, precision))` from names, shapes and types alone.
 
-    Works on fake and meta tensors, whose values do not exist; of a Pruned, the mask must be real.
+    Works on fake and meta tensors, whose values do not exist; a Pruned then says how many it keeps.
     """
     if not tensors:
         return 0
@@ -115,12 +131,11 @@ def size(tensors: Mapping[str, Sendable], precision: str = "float32") -> int:
     entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, value in tensors.items():
         if isinstance(value, Pruned):
-            kept = int(value.mask.sum())
-            entries.append((f"{name}#mask", torch.uint8, (-(-value.mask.numel() // 8),)))
-            entries.append((f"{name}#values", wide, (kept,)))
+            entries.append((f"{name}#mask", torch.uint8, (-(-value.tensor.numel() // 8),)))
+            entries.append((f"{name}#values", wide, (value.count(),)))
         elif isinstance(value, Quantized):
             entries.append((f"{name}#int8", torch.int8, tuple(value.tensor.shape)))
-            entries.append((f"{name}#scale", torch.float32, (value.tensor.shape[0],)))
+            entries.append((f"{name}#scale", torch.float32, value.scale_shape()))
         else:
             kind = wide if value.is_floating_point() else value.dtype
             entries.append((name, kind, tuple(value.shape)))
@@ -187,12 +202,13 @@ def decode(message: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         elif kind == "int8":
             scale = parts.get(f"{name}#scale")
-            if value.dtype != torch.int8 or value.shape != like.shape or value.dim() < 2:
+            if value.dtype != torch.int8 or value.shape != like.shape or value.dim() != 2:
                 raise PayloadError(f"{name}: int8 of shape {tuple(like.shape)} is expected")
-            if scale is None or scale.dtype != torch.float32 or scale.shape != (like.shape[0],):
-                raise PayloadError(f"{name}: {like.shape[0]} scales are expected")
-            restored = value.flatten(1).float() * scale[:, None]
-            tensors[name] = restored.view(like.shape).to(like.dtype)
+            rows, columns = like.shape
+            fits = scale is not None and scale.shape in ((rows, 1), (1, columns))
+            if not fits or scale.dtype != torch.float32:
+                raise PayloadError(f"{name}: {rows} scales by row or {columns} by column are expected")
+            tensors[name] = (value.float() * scale).to(like.dtype)
         elif f"{name}#{ {'values': 'mask', 'scale': 'int8'}.get(kind, '') }" not in parts:
             raise PayloadError(f"{name}: stray part {kind[:40]!r}")
     return tensors

@@ -46,14 +46,22 @@ def test_pruned_tensors_travel_as_mask_and_values(rows, columns, density, seed):
     assert torch.equal(decode(message, {"w": tensor})["w"], tensor * mask)
 
 
-@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 1000))
-def test_quantized_tensors_are_within_half_a_step(rows, columns, seed):
+@given(st.integers(1, 6), st.integers(1, 40), st.sampled_from([0, 1]), st.integers(0, 1000))
+def test_quantized_tensors_are_within_half_a_step(rows, columns, channels, seed):
     tensor = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    message = encode({"w": Quantized(tensor)})
-    assert len(message) == size({"w": Quantized(tensor)})
+    message = encode({"w": Quantized(tensor, channels)})
+    assert len(message) == size({"w": Quantized(tensor, channels)})
     restored = decode(message, {"w": tensor})["w"]
-    step = tensor.abs().amax(1, keepdim=True) / 127
+    step = tensor.abs().amax(1 - channels, keepdim=True) / 127
     assert ((restored - tensor).abs() <= step * 0.5001).all()
+
+
+def test_sizes_are_foretold_without_values():
+    with torch.device("meta"):
+        tensor = torch.empty(6, 10)
+    foretold = size({"w": Pruned(tensor, None, 12), "v": Quantized(tensor, 1)})
+    real, mask = torch.randn(6, 10), torch.arange(60).view(6, 10) % 5 == 0
+    assert foretold == len(encode({"w": Pruned(real, mask), "v": Quantized(real, 1)}))
 
 
 EXPECTED = {"a": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
