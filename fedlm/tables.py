@@ -150,15 +150,12 @@ def _cost_table(
             filled = len(runs) > 0
             number |= {"metric": runs["metric"].iloc[0] if filled else ""}
             number |= {"greater_is_better": bool(runs["greater_is_better"].iloc[0]) if filled else ""}
-            number |= {
-                "test_score_mean": runs["test_score"].mean(),
-                "test_score_sd": runs["test_score"].std(ddof=1),
-            }
+            number |= _mean_and_deviation("test_score", runs["test_score"].to_numpy())
             cell["Score"] = _score_text(runs)
             value.append(_rounded(cell["Score"]) * (-1 if filled and number["greater_is_better"] else 1))
         for quantity in quantities:
-            column = runs[quantity.column].astype(float)
-            number |= {f"{quantity.column}_mean": column.mean(), f"{quantity.column}_sd": column.std(ddof=1)}
+            column = runs[quantity.column].to_numpy(dtype=float, na_value=math.nan)
+            number |= _mean_and_deviation(quantity.column, column)
             cell[quantity.heading] = spread(column / quantity.unit)
             value.append(_rounded(cell[quantity.heading]) if quantity.mark else math.nan)
         cell["Seeds"] = str(len(runs)) if len(runs) == asked else f"{len(runs)} of {asked}"
@@ -180,6 +177,14 @@ def _cost_table(
             several = numpy.isfinite(some).sum(axis=0) > 1
             best[rows.index] = several & numpy.isfinite(some) & (some == some.min(axis=0))
     return numbers, cells, best
+
+
+def _mean_and_deviation(name: str, values: numpy.ndarray) -> dict[str, float]:
+    values = values[~numpy.isnan(values)]
+    return {
+        f"{name}_mean": float(values.mean()) if len(values) else math.nan,
+        f"{name}_sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+    }
 
 
 def _rounded(text: str) -> float:
@@ -341,16 +346,24 @@ def paired_table(scene: Scene, against: str | None = None) -> Table:
         )
     found, too_few = [], 0
     texts = _task_texts(scene)
-    for task, partition, method, own, _ in scene.cells():
+    every = scene.cells()
+    scores = {
+        (task, partition, method): own.set_index("seed")["test_score"]
+        for task, partition, method, own, _ in every
+    }
+    for task, partition, method, own, _ in every:
         if method == against:
             continue
-        theirs = runs[(runs["task"] == task) & (runs["partition"] == partition) & (runs["method"] == against)]
-        pairs = own.merge(theirs, on="seed", suffixes=("", "_against"))
-        if len(pairs) < 2:
+        ours, theirs = (
+            scores[task, partition, method],
+            scores.get((task, partition, against), own["seed"][:0]),
+        )
+        seeds = sorted(set(ours.index) & set(theirs.index))
+        if len(seeds) < 2:
             too_few += 1
             continue
-        greater = bool(pairs["greater_is_better"].iloc[0])
-        result = compare(points(pairs["test_score"], greater), points(pairs["test_score_against"], greater))
+        greater = bool(own["greater_is_better"].iloc[0])
+        result = compare(points(ours[seeds], greater), points(theirs[seeds], greater))
         found.append((task, partition, method, greater, result))
     adjusted = adjust([result.p for *_, result in found])
     numbers, cells = [], []
@@ -414,7 +427,7 @@ def skew_table(scene: Scene) -> Table:
                 ("label_divergence", "Label divergence (bit)"),
                 ("size_gini", "Size inequality (Gini)"),
             ):
-                number |= {f"{column}_mean": own[column].mean(), f"{column}_sd": own[column].std(ddof=1)}
+                number |= _mean_and_deviation(column, own[column].to_numpy(dtype=float))
                 cell[heading] = spread(own[column], 3)
             numbers.append({**number, "seeds": len(own)})
             cells.append({**cell, "Seeds": str(len(own))})

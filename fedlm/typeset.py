@@ -46,12 +46,13 @@ def _decimals(value: float, digits: int = 3) -> int:
     return max(0, digits - 1 - exponent)
 
 
-def spread(values: pandas.Series, decimals: int | None = None) -> str:
+def spread(values: pandas.Series | numpy.ndarray, decimals: int | None = None) -> str:
     """Write mean ± standard deviation (of the sample); a deviation that rounds to nothing is left out."""
-    values = values.dropna()
-    if values.empty:
+    values = numpy.asarray(values, dtype=float)
+    values = values[~numpy.isnan(values)]
+    if not len(values):
         return "–"
-    mean = values.mean()
+    mean = float(values.mean())
     text = significant(mean) if decimals is None else f"{mean:,.{decimals}f}"
     if len(values) < 2 or "e" in text:
         return text
