@@ -26,6 +26,7 @@ from fedlm.statistics import adjust, compare, interquartile_mean
 from fedlm.typeset import Table, latex, markdown, significant, spread
 
 NAMES = ("main", "aggregate", "paired", "traffic", "memory", "skew", "reference")
+WIDTH = 118  # columns of a terminal that the main table may fill
 REFERENCE = Path(__file__).parent.parent / "config" / "reference.yaml"
 CELL = ["task", "partition"]
 
@@ -579,20 +580,24 @@ def terminal(
     scene = Scene.make(runs, expected, titles, controls)
     numbers, cells, best = _cost_table(scene, [PEAK, UP, DOWN, COMPUTE], score=True)
     blocks = []
-    headings = list(cells.columns[2:])
-    rows = [
-        [cell[:33] + "…" if len(cell) > 34 else cell for cell in row] for row in cells.to_numpy().tolist()
+    headings = ["Method", "Score", "Memory (MiB)", "Up (MB)", "Down (MB)", "Compute (TFLOP)", "Seeds"]
+    rows = []
+    for row, marks in zip(cells.to_numpy().tolist(), best, strict=True):
+        # Means alone for the costs: their deviations are in the files.
+        short = [*row[2:4], *(cell.split(" ± ")[0] for cell in row[4:])]
+        rows.append(
+            [f"{cell} *" if mark else f"{cell}  " for cell, mark in zip(short, marks[2:], strict=True)]
+        )
+    widths = [
+        max([len(heading), *(len(row[column]) for row in rows)]) for column, heading in enumerate(headings)
     ]
-    rows = [
-        [f"{cell} *" if mark else f"{cell}  " for cell, mark in zip(row, marks, strict=True)]
-        for row, marks in zip(rows, best, strict=True)
-    ]
-    widths = [max([len(heading), *(len(row[2 + i]) for row in rows)]) for i, heading in enumerate(headings)]
+    widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
 
     def line(values: Sequence[str]) -> str:
         first, *rest = values
+        first = first if len(first.rstrip()) <= widths[0] else first[: widths[0] - 1] + "…"
         padded = [value.rjust(width) for value, width in zip(rest, widths[1:], strict=True)]
-        return "  ".join([first.ljust(widths[0]), *padded]).rstrip()
+        return "  ".join([first.ljust(widths[0])[: widths[0]], *padded]).rstrip()
 
     for (task, partition), group in cells.groupby(["Task", "Partition"], sort=False):
         labels = numbers.loc[group.index[0], CELL]
@@ -600,9 +605,9 @@ def terminal(
         divergence = own["label_divergence"].mean()
         skewed = f", label divergence {divergence:.2f}" if math.isfinite(divergence) else ""
         block = [f"{task}: {partition}{skewed}", line(headings)]
-        blocks.append("\n".join([*block, *(line(rows[index][2:]) for index in group.index)]))
+        blocks.append("\n".join([*block, *(line(rows[index]) for index in group.index)]))
     notes = [
         "* Best of the competitors. MB is 1e6 bytes, MiB 1,048,576; bytes are of all clients and rounds."
     ]
-    notes = [textwrap.fill(note, 118, subsequent_indent="  ") for note in notes + scene.notes()]
+    notes = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes + scene.notes()]
     return "\n\n".join([*blocks, "\n".join(notes)])
