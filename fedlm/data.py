@@ -59,15 +59,19 @@ def prepare(task: Task, model, destination: Path) -> "Prepared":
     from fedlm import models  # Here, since it imports torch and Transformers, which reading does not need.
 
     task.check()
-    tokenizer = models.load_tokenizer(model)
-    corpus = task.load()
     limit = models.max_positions(model)
     if limit is not None and task.config.max_length > limit:
         raise UserError(
             f"task {task.name}: max_length: {task.config.max_length}; allowed: at most {limit}, "
             f"the positions of model {model.source}"
         )
-    prepared = tokenise(task, corpus, tokenizer)
+    tokenizer = models.load_tokenizer(model)
+    if task.kind == "question_answering" and not tokenizer.is_fast:
+        raise UserError(
+            f"task {task.name}: the tokenizer of model {model.source} does not say where in the text its "
+            "tokens are; allowed: a model with a fast tokenizer (tokenizer.json)"
+        )
+    prepared = tokenise(task, task.load(), tokenizer)
     prepared.split(seed=0)  # Raises if there are too few examples.
     prepared.save(Path(destination))
     return prepared

@@ -608,3 +608,13 @@ def test_a_file_of_a_folder_that_cannot_be_read(tmp_path):
 def test_folders_that_do_not_exist_are_noticed_before_loading(source):
     with pytest.raises(UserError, match="a local folder that exists, or a hub id"):
         TASKS["ag_news"]({"source": source}).check()
+
+
+def test_the_example_of_the_documentation_works(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-task.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    (tmp_path / "weather.py").write_text(code)
+    task = task_module.discover(tmp_path)["weather"]({"max_length": 16})
+    data = tokenise(task, task.load(), tiny.tokenizer())
+    assert [len(part) for part in data.split(0)] == [42, 6, 12]
+    assert data.label_names == ["sun", "rain"]
