@@ -281,8 +281,14 @@ class Turn:
         before = {name: value.detach().clone() for name, value in parameters.items()}
         optimizer = self._optimizer(segment)
         self.model.train()
+        # The first step only makes the optimizer's state, for which one example does.
+        steps = iter([[step[0][:1]], step])
         self._instruments.measure(
-            segment, self._shape(step), lambda: self._step(step, optimizer, None), self.model, optimizer.state
+            segment,
+            self._shape(step),
+            lambda: self._step(next(steps), optimizer, None),
+            self.model,
+            optimizer.state,
         )
         with torch.no_grad():
             for name, value in before.items():

@@ -1,0 +1,111 @@
+"""What the federation costs on top of training: a FedAvg run against a bare PyTorch loop over the same steps.
+
+Both train MiniLM on the same batches in the same process, turn by turn alternately, so that a noisy machine
+is noisy for both. Payload encoding, ledger and a checkpoint a round are part of the federated time; the probe
+step, which a run makes once, and scoring, which the bare loop does not do, are not.
+
+    python benchmarks/overhead.py [--rounds 3] [--clients 4] [--examples 640]
+
+The last line is the ratio of the times.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fedlm import models
+from fedlm.checkpoint import Checkpoints
+from fedlm.config import Federation as FederationConfig
+from fedlm.config import Training
+from fedlm.data import prepare
+from fedlm.federation import Federation
+from fedlm.method import discover
+from fedlm.models import ModelConfig
+from fedlm.partition import divide, parse
+from fedlm.task import discover as discover_tasks
+from fedlm.training import steps_of_turn
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--examples", type=int, default=640)
+    options = parser.parse_args()
+    kind = discover_tasks()["movie_reviews"]
+    task = kind(kind.Config(max_length=64, train_examples=options.examples))
+    source = ModelConfig(source="minilm")
+    training = Training(batch_size=16, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(task, source, Path(folder) / "data")
+        split = data.split(1)
+        parts = divide(parse({"scheme": "iid"}), options.clients, data.labels, data.groups, 1, split.train)
+        fedavg = discover()["fedavg"]
+        federation = Federation(
+            fedavg(fedavg.Config(), len(parts), 1),
+            models.load(source, data.kind, data.num_labels, 1),
+            data,
+            split,
+            parts,
+            FederationConfig(clients=options.clients, rounds=options.rounds),
+            training,
+            1,
+        )
+        federation._score = lambda indices: {data.metric: 0.0}
+        bare = Bare(models.load(source, data.kind, data.num_labels, 1), data, parts, training)
+        turn, spent = federation._turn, {"bare": 0.0, "steps": 0}
+
+        def alternately(client: int, round: int):
+            started = time.perf_counter()
+            spent["steps"] += bare.train(client, round)
+            spent["bare"] += time.perf_counter() - started
+            return turn(client, round)
+
+        federation._turn = alternately
+        started = time.perf_counter()
+        federation.run(Checkpoints(Path(folder) / "checkpoints", "benchmark", print))
+        probes = sum(row["seconds"]["probe"] for row in federation.rounds)
+        federated = time.perf_counter() - started - spent["bare"] - probes
+    seconds = {
+        kind: sum(row["seconds"][kind] for row in federation.rounds)
+        for kind in ("download", "train", "upload", "merge")
+    }
+    print(
+        f"{options.rounds} rounds, {options.clients} clients, {spent['steps']} steps of 16 x up to 64 tokens"
+    )
+    print(
+        f"bare loop {spent['bare']:.1f} s, federated {federated:.1f} s, of which "
+        + ", ".join(f"{kind} {value:.2f} s" for kind, value in seconds.items())
+    )
+    print(f"ratio {federated / spent['bare']:.3f}")
+
+
+class Bare:
+    """The same steps with nothing around them."""
+
+    def __init__(self, model, data, parts, training) -> None:
+        self.model, self.data, self.parts, self.training = model, data, parts, training
+
+    def train(self, client: int, round: int) -> int:
+        """Train one client's epoch; return the number of steps."""
+        self.model.train()
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.training.learning_rate, weight_decay=0.0, foreach=False
+        )
+        steps = steps_of_turn(self.parts[client], self.training, 1, round, client)
+        for (indices,) in steps:
+            self.model(**self.data.batch(indices)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return len(steps)
+
+
+if __name__ == "__main__":
+    main()
