@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from fedlm import method as method_module
 from fedlm import task as task_module
 from fedlm.errors import UserError
-from fedlm.models import ModelConfig
+from fedlm.model_config import ModelConfig
 from fedlm.partition import PartitionConfig
 from fedlm.settings import Settings
 
