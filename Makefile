@@ -1,0 +1,49 @@
+# make demo | make demo-llm | make costs | make test | make lint      (each sets itself up)
+#
+#   make demo PYTHON=python3.12      with another Python, from 3.11 on
+#   make demo CORES=4                with so many processor cores; all of them if not given
+
+PYTHON ?= python3
+CORES ?= all
+ENVIRONMENT := .venv
+RUN := $(ENVIRONMENT)/bin/python
+
+.PHONY: demo demo-llm costs test lint setup
+
+# The demos use nothing from a hub; without this a library might ask one all the same.
+demo demo-llm: export HF_HUB_OFFLINE = 1
+demo demo-llm: setup
+	@$(RUN) -m snakemake --configfile config/$@.yaml --cores $(CORES)
+	@$(MAKE) --no-print-directory results/$@/report.html STUDY=$@
+	@$(RUN) -m fedlm tables --config config/$@.yaml --show
+	@echo
+	@echo "tables   results/$@/tables"
+	@echo "figures  figures/$@"
+	@echo "report   results/$@/report.html"
+
+# Made anew when a table or figure is newer.
+results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUDY)/*)
+	@$(RUN) -m snakemake --configfile config/$(STUDY).yaml --report $@ 2> results/$(STUDY)/report.log \
+	    || { cat results/$(STUDY)/report.log; rm -f $@; exit 1; }
+
+costs: setup
+	@$(RUN) -m fedlm costs
+
+test: setup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slurm"
+
+lint: setup
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m snakefmt --check Snakefile workflow
+	@$(RUN) -m snakemake --lint
+
+# The environment is made once and again when the lock has changed. pip reads its own configuration, if there is
+# one, to know where packages come from.
+setup:
+	@cmp -s requirements.txt $(ENVIRONMENT)/requirements.txt || { \
+	    command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found; allowed: make PYTHON=<python 3.11 or newer>"; exit 1; }; \
+	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; allowed: 3.11 or newer, as in make PYTHON=python3.12" % sys.version_info[:2])' \
+	    && { [ -x $(RUN) ] || $(PYTHON) -m venv $(ENVIRONMENT); } \
+	    && $(RUN) -m pip install --requirement requirements.txt \
+	    && cp requirements.txt $(ENVIRONMENT)/requirements.txt; }

@@ -1,0 +1,44 @@
+# The pipeline: prepare -> partition -> train -> collect -> tables, figures -> report.
+#
+#   snakemake                                     runs config/demo.yaml
+#   snakemake --configfile config/paper.yaml      runs another study
+#   snakemake --report report.html                one page with all tables and figures
+#   snakemake --workflow-profile workflow/profiles/slurm ...      on a cluster: see docs/slurm.md
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/results.smk"
+include: "workflow/rules/costs.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+localrules:
+    all,
+    prepare,
+    partition,
+    collect,
+    tables,
+    pages,
+    figures,
+    predict,
+
+
+# The records stand here too: with tables made of the rest, only this brings a failed run back.
+rule all:
+    default_target: True
+    input:
+        rules.collect.input,
+        rules.tables.output,
+        rules.pages.output,
+        rules.figures.output,
+    message:
+        "Study {study.study} is complete"
+
+
+# With failed runs the tables and figures are made of the rest; they name what is missing.
+onerror:
+    draw_what_there_is()

@@ -1,0 +1,170 @@
+# The study, the paths, and what the rules ask of both.
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+
+import fedlm.config
+from fedlm.check import check
+from fedlm.errors import UserError
+from fedlm.provenance import code_hash
+from fedlm.task import discover as discover_tasks
+
+# The jobs run this Python, whatever else is on PATH, from whatever working directory.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")])
+)
+PYTHON = shlex.quote(sys.executable)
+FEDLM = f"{PYTHON} -m fedlm"
+
+
+def submitted():
+    """Return whether jobs are submitted to a cluster, or this is such a job. Not known before jobs are planned."""
+    return workflow.non_local_exec or workflow.remote_exec
+
+
+def study_file():
+    """Return the path of the one study file: Snakemake would merge several, and a default with them."""
+    if workflow.config_settings.config:
+        raise UserError(
+            "--config: not allowed; settings stand in the study file given by --configfile"
+        )
+    files = workflow.overwrite_configfiles
+    if len(files) > 1:
+        raise UserError(
+            f"--configfile: {len(files)} files; allowed: one file, which is one study"
+        )
+    return Path(files[0]) if files else Path(workflow.basedir, "config", "demo.yaml")
+
+
+try:
+    STUDY_FILE = study_file()
+    study = fedlm.config.load(STUDY_FILE)
+    if workflow.is_main_process:
+        check(study)
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+RUNS = list(study.runs())
+RESULTS = f"results/{study.study}"
+FIGURES = f"figures/{study.study}"
+EXAMPLES = f"{RESULTS}/tasks/{{task}}/examples.parquet"
+DESCRIPTION = f"{RESULTS}/tasks/{{task}}/task.json"
+PARTITION = f"{RESULTS}/partitions/{{task}}/{{partition}}/seed{{seed}}.json"
+RECORD = f"{RESULTS}/runs/{{task}}/{{partition}}/{{method}}/seed{{seed}}.json"
+PREDICTIONS = f"{RESULTS}/costs/predictions.json"
+
+
+wildcard_constraints:
+    task="[^/]+",
+    partition="[^/]+",
+    method="[^/]+",
+    seed="[0-9]+",
+
+
+def digest(*parts):
+    """Return a hash for `params`, so that a job runs again when what it depends on has changed.
+
+    Snakemake notices neither a changed setting of the study nor a changed imported module by itself.
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def sources(*patterns):
+    """Return a hash of the source files that match the patterns below the repository's root."""
+    paths = sorted(
+        path for pattern in patterns for path in Path(workflow.basedir).glob(pattern)
+    )
+    return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
+
+
+def task_of(label):
+    """Return the task that a label of the study names."""
+    entry = study.tasks[label]
+    return discover_tasks()[entry.task](entry.settings)
+
+
+@cache
+def prepare_depends_on(task):
+    entry = study.tasks[task]
+    settings = entry.settings.model_dump(mode="json")
+    model = (entry.model or study.model).model_dump(mode="json")
+    return digest(
+        entry.task,
+        settings,
+        model,
+        sources("fedlm/data.py", "fedlm/task.py", "tasks/*.py"),
+    )
+
+
+@cache
+def partition_depends_on(task, partition):
+    settings = study.partitions[partition].model_dump(mode="json")
+    clients = study.run(
+        task, partition, next(iter(study.methods)), 0
+    ).federation.clients
+    return digest(
+        settings,
+        clients,
+        sources("fedlm/partition.py", "fedlm/data.py", "fedlm/randomness.py"),
+    )
+
+
+@cache
+def run_depends_on(task, partition, method):
+    """Return a hash of the settings and sources that all seeds of a run depend on."""
+    run = study.run(task, partition, method, study.seeds[0])
+    return digest(run.resolved(), code_hash(run.method, run.task))
+
+
+def bundles(runs, largest):
+    """Cut runs into lists of at most `largest` that share a process: of one task and method, which ask alike.
+
+    A bundle also ends before its command line becomes longer than a system takes (128 kB on Linux).
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault((run.task, run.method), []).append(run)
+    for group in groups.values():
+        size = min(largest, 100_000 // (1 + max(len(run.path) for run in group)))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+# What a job on a cluster holds beside the method's own tensors: Python with PyTorch and Transformers, the data, and
+# the two Snakemake processes that watch it.
+PROCESS_MB = 2000
+
+
+def memory_mb(task, method, predictions, attempt):
+    """Return the memory of a training job in MB: as predicted, or else as the study says.
+
+    Beside the model that is trained the process holds the server's parameters: their initial and current values
+    and the running sum. On a GPU job the trained model's memory is the GPU's. Each further attempt gets half as
+    much again.
+    """
+    needed = study.pipeline.memory_mb
+    for path in predictions:
+        predicted = json.loads(Path(path).read_text()).get(f"{task}/{method}")
+        if predicted:
+            peak = 0 if study.pipeline.gpus else predicted["peak_memory_bytes"]
+            needed = PROCESS_MB + (peak + 3 * predicted["parameter_bytes"]) / 1e6
+    return int(needed * (1 + 0.5 * (attempt - 1)))
+
+
+def draw_what_there_is():
+    """Make tables and figures of the finished runs after others have failed."""
+    steps = [
+        f"{FEDLM} {step} --config {shlex.quote(str(STUDY_FILE))}"
+        for step in ("collect", "tables", "figures")
+    ]
+    steps.append(f"echo 'Made of the finished runs: {RESULTS}/tables, {FIGURES}'")
+    shell(" && ".join(steps) + " || true")

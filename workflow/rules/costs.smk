@@ -1,0 +1,20 @@
+# What each method would cost: needs neither data nor weights nor runs.
+
+
+rule predict:
+    output:
+        PREDICTIONS,
+    log:
+        f"{RESULTS}/logs/predict.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    params:
+        depends_on=digest(
+            study.model_dump(mode="json", exclude={"seeds", "partitions", "pipeline"}),
+            sources("fedlm/*.py", "methods/*.py"),
+        ),
+    message:
+        "Predicting what each method asks for"
+    shell:
+        "{FEDLM} costs --config {STUDY_FILE:q} --predictions {output} 2>&1 | tee {log}"
