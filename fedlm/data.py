@@ -383,7 +383,8 @@ class Prepared:
         """Return the training, validation and test examples.
 
         Official splits are kept. What is missing is drawn by the seed from the training examples, stratified
-        by label, and so are the capped ones. All methods and partitions of a seed have the same split.
+        by label: a share of them, or the cap if that is less. Larger splits are cut to their caps likewise.
+        All methods and partitions of a seed have the same split.
 
         Raises:
             UserError: there are too few examples for three parts.
@@ -391,10 +392,11 @@ class Prepared:
         random = numpy_stream(seed, "split")
         split = self.columns["split"]
         parts = {"train": numpy.flatnonzero(split <= 1), "validation": split == 2, "test": split == 3}
+        available = len(parts["train"])
         for name in ("test", "validation"):
             parts[name] = numpy.flatnonzero(parts[name])
             if not len(parts[name]):
-                count = round(self.shares[name] * len(self))
+                count = round(self.shares[name] * available)
                 count = max(1, min(count, self.caps[name] or count))
                 parts[name] = self._draw(parts["train"], count, random)
                 parts["train"] = numpy.setdiff1d(parts["train"], parts[name])

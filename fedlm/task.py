@@ -106,8 +106,10 @@ class Task:
         train_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
         validation_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
         test_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
-        validation_share: float = Field(0.1, gt=0, lt=0.5, description="drawn, if there is no official one")
-        test_share: float = Field(0.2, gt=0, lt=0.5, description="drawn, if there is no official one")
+        validation_share: float = Field(
+            0.1, gt=0, lt=0.5, description="of the training rows, if none is official"
+        )
+        test_share: float = Field(0.2, gt=0, lt=0.5, description="of the training rows, if none is official")
 
     def __init__(self, config: Settings | dict | None = None):
         self.config = config if isinstance(config, Settings) else self.Config(**(config or {}))

@@ -156,8 +156,8 @@ def test_official_splits_are_kept_and_the_rest_is_drawn_from_training():
     task.given.rows["split"] = ["train"] * 40 + ["test"] * 20
     split = made(task).split(0)
     assert split.test.tolist() == list(range(40, 60))
-    assert len(split.validation) == 6 and split.validation.max() < 40
-    assert len(split.train) == 34
+    assert len(split.validation) == 4 and split.validation.max() < 40
+    assert len(split.train) == 36
     task.given.rows["split"] = ["train"] * 40 + ["validation"] * 5 + ["test"] * 15
     split = made(task).split(0)
     assert [len(part) for part in split] == [40, 5, 15]

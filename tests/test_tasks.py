@@ -471,7 +471,7 @@ def test_glue_from_a_folder(tmp_path, name, ending):
     assert len(data.label_names) == (classes or 0)
     split = data.split(0)
     # The official validation split is the test split, whole; validation is drawn from training.
-    assert (len(split.train), len(split.validation), len(split.test)) == (26, 4, 12)
+    assert (len(split.train), len(split.validation), len(split.test)) == (27, 3, 12)
     assert set(data.columns["split"][split.test]) == {SPLITS.index("test")}
     if name == "mnli":
         other = TASKS["glue"]({"name": name, "source": str(tmp_path / "glue"), "mnli_test": "mismatched"})
