@@ -168,10 +168,12 @@ def measure_step(
     changes the model, so a real model is put back afterwards by the caller. The state of torch.optim's
     optimizers is recognised; `optimizer_state` gives the tensors of any other.
     """
-    # Cycles of garbage would be collected at moments that depend on what ran before.
+    # Cycles of garbage would be collected at moments that depend on what ran before. Frozen, what is older
+    # than the step need not be searched again.
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    gc.freeze()
     try:
         with MemoryTracker(model) as tracker:
             for _ in range(2):
@@ -182,6 +184,7 @@ def measure_step(
                     tracker.mark(optimizer_state(), "optimizer")
                 gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return tracker.memory()

@@ -17,13 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from pydantic import Field
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -39,8 +38,8 @@ from transformers import (
 from fedlm import downloads
 from fedlm.errors import UserError
 from fedlm.files import sha256
+from fedlm.model_config import ModelConfig
 from fedlm.randomness import derive
-from fedlm.settings import Settings
 
 Kind = Literal["classification", "regression", "causal", "question_answering"]
 
@@ -50,38 +49,6 @@ _AUTO_CLASSES = {
     "causal": AutoModelForCausalLM,
     "question_answering": AutoModelForQuestionAnswering,
 }
-
-
-class ModelConfig(Settings):
-    """Which pretrained model a study fine-tunes, and how it is loaded."""
-
-    source: str = Field(
-        min_length=1,
-        description="A label of the catalogue (`python -m fedlm models`), a folder with config.json and "
-        "safetensors, or a hub id owner/name.",
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a hub model; the hub's default branch if absent."
-    )
-    trust_remote_code: bool = Field(
-        default=False, description="Whether Python code that comes with the model may run."
-    )
-    weights: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Number format of the weights in memory."
-    )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute each layer in the backward pass instead of storing its inside."
-    )
-    dropout: Literal["model"] | Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0,
-        description="Probability written into every dropout field of the model's configuration, or `model` "
-        "to leave them. At 0 a turn needs no random numbers.",
-    )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch number format of the weights."""
-        return getattr(torch, self.weights)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -547,7 +514,10 @@ def _key_mapping(shape: PreTrainedConfig, kind: Kind) -> dict[str, str] | None:
 def _finish(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         # The reentrant form needs a trained input of every layer, which a frozen embedding does not give.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if model.loss_type is None:
+        # The loss is found by the name of the class, and GPT2LMHeadModel's tells Transformers nothing.
+        model.loss_type = "ForCausalLM"
     return model
 
 

@@ -163,7 +163,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(folders, family):
     for checkpointing in (False, True):
         config = ModelConfig(source=str(folders[family]), gradient_checkpointing=checkpointing)
         model = load(config, "classification", 2, 0).train()
-        assert model.is_gradient_checkpointing is checkpointing
+        assert model.is_activation_checkpointing is checkpointing
         model(tokens, labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

@@ -1,0 +1,41 @@
+"""Floating-point operations, by PyTorch's own counter.
+
+A multiplication with an addition counts as two operations. Only matrix products and attention count: the
+rest of a transformer is below a percent. The backward pass of fused attention computes the scores again, and
+this is counted, as in PyTorch's formulas for GPUs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _attention(query, key, value, *others, **options) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(output_gradient, query, key, value, *others, **options) -> int:
+    return sdpa_backward_flop_count(output_gradient, query, key, value)
+
+
+# The counter knows the fused attention of GPUs; that of the CPU does the same products and is missing in it.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return PyTorch's counter, which counts while it is entered, with the CPU's fused attention included."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Run a function, such as a training step, and return how many floating-point operations it did.
+
+    The number depends on shapes only: real and fake tensors give the same.
+    """
+    with flop_counter() as counter:
+        function()
+    return counter.get_total_flops()
