@@ -58,9 +58,9 @@ def check(study: Study) -> None:
         attempt("training.device", _require_cuda)
     tasks, methods = task_module.discover(), method_module.discover()
     for label, entry in study.tasks.items():
-        path, kind = f"tasks.{label}", tasks[entry.task].kind
-        kind = getattr(entry.settings, "kind", None) or kind
-        attempt(path, lambda entry=entry: tasks[entry.task](entry.settings).check())
+        task = tasks[entry.task](entry.settings)
+        path, kind = f"tasks.{label}", task.kind
+        attempt(path, task.check)
         model = entry.model or study.model
         try:
             found = facts(model, kind)

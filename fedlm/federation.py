@@ -165,16 +165,19 @@ class Federation:
         return Upload(client, len(self.parts[client]), tensors)
 
     def _load(self, values: dict[str, Tensor]) -> None:
+        """Write values into the resident model; an optimizer's moments (name@moment) are not its own."""
         with torch.no_grad():
             for name, value in values.items():
-                self.parameters[name].copy_(value)
+                if "@" not in name:
+                    self.parameters[name].copy_(value)
 
     def _score(self, indices: numpy.ndarray) -> dict[str, float]:
         """Return the metrics of the server's model (the mean over models, where a method has several)."""
         found = []
         for values in self.method.models(self.server):
             self._load({name: values[name] for name in self.method.exchanged})
-            batch_size, autocast = self.training.scoring_batch_size, self.training.autocast
+            batch_size = self.training.scoring_batch_size
+            autocast = self.training.autocast and getattr(torch, self.training.autocast)
             found.append(score(self.model, self.data, indices, batch_size, self.device, autocast))
         return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
@@ -267,7 +270,10 @@ class _Batches:
 
     def __init__(self, data: Prepared, device: torch.device) -> None:
         self.data, self.device = data, device
-        self.length = data.batch_length
+
+    def size(self, indices: numpy.ndarray) -> int:
+        """Return the tokens of a batch, padding included."""
+        return int(self.data.windows[indices].sum()) * self.data.batch_length(indices)
 
     def __call__(self, indices: numpy.ndarray) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self.data.batch(indices).items()}

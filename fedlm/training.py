@@ -17,6 +17,7 @@ from fedlm.config import Training
 from fedlm.instruments import Instruments
 from fedlm.method import Segment
 from fedlm.randomness import numpy_stream
+from fedlm.scoring import losses
 
 Batch = dict[str, Tensor]
 Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
@@ -301,8 +302,8 @@ class Turn:
         return [largest] * min(2, self.settings.accumulation, max(map(len, self._plan)))
 
     def _elements(self, indices: numpy.ndarray) -> int:
-        length = getattr(self._make_batch, "length", None)
-        return len(indices) * (length(indices) if length else 1)
+        size = getattr(self._make_batch, "size", len)
+        return size(indices)
 
     def _shape(self, step: Step) -> int:
         return sum(map(self._elements, step))
@@ -319,9 +320,16 @@ class _ForwardBackward:
         device = next(iter(self.batch.values())).device.type
         precision = torch.autocast(device, getattr(torch, autocast)) if autocast else nullcontext()
         with precision:
-            loss = self.model(**self.batch).loss * self.share
+            loss = self._loss() * self.share
         (loss * self.settings.loss_scale).backward()
         return loss.detach().float()
+
+    def _loss(self) -> Tensor:
+        if "start_positions" not in self.batch:
+            return self.model(**self.batch).loss
+        # Transformers' own loss would not know that soft prompts shift the positions of the answer.
+        inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
+        return losses("question_answering", self.model(**inputs), self.batch).mean()
 
 
 def _targets(batch: Batch) -> int:

@@ -112,7 +112,7 @@ class FedLoRA(Method):
 
     def models(self, server):
         if self.config.variant == "fedsa" and server.kept:
-            return ({**server.tensors, **kept} for kept in server.kept.values())
+            return ({**server.tensors, **kept} for _, kept in sorted(server.kept.items()))
         return [server.tensors]
 
     def merge(self, server, uploads, round):

@@ -21,4 +21,4 @@ class LocalOnly(Method):
         return {}
 
     def models(self, server):
-        return server.kept.values() or [server.tensors]
+        return [kept for _, kept in sorted(server.kept.items())] or [server.tensors]
