@@ -48,7 +48,13 @@ def write(folder: Path, name: str = "study", examples: int = 120, **changes: Any
         "federation": {"clients": 2, "rounds": 2},
         "training": {"learning_rate": 1e-3, "batch_size": 16, "device": "cpu"},
         "tasks": {
-            "films": {"task": "files", "train": str(data), "text": ["text"], "label": "label", "max_length": 32}
+            "films": {
+                "task": "files",
+                "train": str(data),
+                "text": ["text"],
+                "label": "label",
+                "max_length": 32,
+            }
         },
         "partitions": {"iid": None},
         "methods": {"fedavg": None, "head_only": None},

@@ -16,12 +16,15 @@ from fedlm.errors import UserError
 from fedlm.provenance import code_hash
 from fedlm.task import discover as discover_tasks
 
-# The jobs run this Python, whatever else is on PATH, from whatever working directory.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")])
+# The jobs run this Python and this repository, whatever PATH and working directory are.
+os.environ.update(
+    PATH=os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    ),
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")])
+    ),
 )
-PYTHON = shlex.quote(sys.executable)
-FEDLM = f"{PYTHON} -m fedlm"
 
 
 def submitted():
@@ -44,6 +47,7 @@ def study_file():
 
 
 try:
+    # A Path and no text: where the study lies is no reason to run a job again.
     STUDY_FILE = study_file()
     study = fedlm.config.load(STUDY_FILE)
     if workflow.is_main_process:
@@ -90,6 +94,11 @@ def task_of(label):
     """Return the task that a label of the study names."""
     entry = study.tasks[label]
     return discover_tasks()[entry.task](entry.settings)
+
+
+def own_files(wildcards):
+    """Return the reader's own files that a task reads: when they change, everything after them is made again."""
+    return [str(path) for path in task_of(wildcards.task).files()]
 
 
 @cache
@@ -144,6 +153,14 @@ def bundles(runs, largest):
 PROCESS_MB = 2000
 
 
+def predictions(wildcards):
+    """Return the cost prediction, which says how much memory to ask a cluster for; on one machine nobody asks.
+
+    Its age does not matter to a record: hence `ancient`.
+    """
+    return [ancient(PREDICTIONS)] if submitted() else []
+
+
 def memory_mb(task, method, predictions, attempt):
     """Return the memory of a training job in MB: as predicted, or else as the study says.
 
@@ -163,7 +180,7 @@ def memory_mb(task, method, predictions, attempt):
 def draw_what_there_is():
     """Make tables and figures of the finished runs after others have failed."""
     steps = [
-        f"{FEDLM} {step} --config {shlex.quote(str(STUDY_FILE))}"
+        f"python3 -m fedlm {step} --config {shlex.quote(str(STUDY_FILE))}"
         for step in ("collect", "tables", "figures")
     ]
     steps.append(f"echo 'Made of the finished runs: {RESULTS}/tables, {FIGURES}'")

@@ -10,6 +10,7 @@ rule predict:
         "../../environment.yml"
     threads: 1
     params:
+        study=STUDY_FILE,
         depends_on=digest(
             study.model_dump(mode="json", exclude={"seeds", "partitions", "pipeline"}),
             sources("fedlm/*.py", "methods/*.py"),
@@ -17,4 +18,4 @@ rule predict:
     message:
         "Predicting what each method asks for"
     shell:
-        "{FEDLM} costs --config {STUDY_FILE:q} --predictions {output} 2>&1 | tee {log}"
+        "python3 -m fedlm costs --config {params.study:q} --predictions {output} 2>&1 | tee {log}"

@@ -1,11 +1,6 @@
 # From a task's raw data to who holds which example.
 
 
-def own_files(wildcards):
-    """Return the reader's own files that a task reads: when they change, everything after them is made again."""
-    return [str(path) for path in task_of(wildcards.task).files()]
-
-
 rule prepare:
     input:
         own_files,
@@ -18,11 +13,12 @@ rule prepare:
         "../../environment.yml"
     threads: 1
     params:
+        study=STUDY_FILE,
         depends_on=lambda wildcards: prepare_depends_on(wildcards.task),
     message:
         "Preparing task {wildcards.task}"
     shell:
-        "{FEDLM} prepare --config {STUDY_FILE:q} --task {wildcards.task} 2>&1 | tee {log}"
+        "python3 -m fedlm prepare --config {params.study:q} --task {wildcards.task} 2>&1 | tee {log}"
 
 
 rule partition:
@@ -37,11 +33,12 @@ rule partition:
         "../../environment.yml"
     threads: 1
     params:
+        study=STUDY_FILE,
         depends_on=lambda wildcards: partition_depends_on(
             wildcards.task, wildcards.partition
         ),
     message:
         "Dividing {wildcards.task} by {wildcards.partition}, seed {wildcards.seed}"
     shell:
-        "{FEDLM} partition --config {STUDY_FILE:q} --task {wildcards.task}"
+        "python3 -m fedlm partition --config {params.study:q} --task {wildcards.task}"
         " --partition {wildcards.partition} --seed {wildcards.seed} 2>&1 | tee {log}"

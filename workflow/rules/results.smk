@@ -1,5 +1,7 @@
 # From the records to what a reader looks at.
 
+from fedlm.figures import names
+
 TABLES = {
     "main": "Score and costs",
     "aggregate": "Aggregated scores",
@@ -9,7 +11,8 @@ TABLES = {
     "skew": "Skew of the partitions",
     "reference": "Published numbers",
 }
-PICTURES = ["score_over_rounds"]
+PAGES = Path(workflow.basedir, "workflow", "scripts", "pages.py")
+PICTURES = names(len(study.tasks), len(study.partitions))
 
 
 rule collect:
@@ -27,12 +30,13 @@ rule collect:
     conda:
         "../../environment.yml"
     params:
+        study=STUDY_FILE,
         runs=digest([run.path for run in RUNS]),
         depends_on=sources("fedlm/results.py"),
     message:
         f"Collecting {len(RUNS)} records"
     shell:
-        "{FEDLM} collect --config {STUDY_FILE:q} 2>&1 | tee {log}"
+        "python3 -m fedlm collect --config {params.study:q} 2>&1 | tee {log}"
 
 
 rule tables:
@@ -50,6 +54,7 @@ rule tables:
     conda:
         "../../environment.yml"
     params:
+        study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
         depends_on=sources(
             "fedlm/tables.py", "fedlm/statistics.py", "config/reference.yaml"
@@ -57,29 +62,35 @@ rule tables:
     message:
         "Making the tables"
     shell:
-        "{FEDLM} tables --config {STUDY_FILE:q} 2>&1 | tee {log}"
+        "python3 -m fedlm tables --config {params.study:q} 2>&1 | tee {log}"
 
 
 rule figures:
     input:
         rules.collect.output,
     output:
-        expand(
-            f"{FIGURES}/{{picture}}.{{format}}",
-            picture=PICTURES,
-            format=["png", "pdf"],
-        ),
+        expand(f"{FIGURES}/{{picture}}.pdf", picture=PICTURES),
+        [
+            report(
+                f"{FIGURES}/{picture}.png",
+                category="Figures",
+                caption=f"../report/figure_{picture.rstrip('_0123456789')}.rst",
+                labels={"figure": f"{number}. {picture.replace('_', ' ')}"},
+            )
+            for number, picture in enumerate(PICTURES, start=1)
+        ],
     log:
         f"{RESULTS}/logs/figures.log",
     conda:
         "../../environment.yml"
     params:
+        study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
-        depends_on=sources("fedlm/figures.py"),
+        depends_on=sources("fedlm/figures.py", "fedlm/results.py"),
     message:
         "Drawing the figures"
     shell:
-        "{FEDLM} figures --config {STUDY_FILE:q} 2>&1 | tee {log}"
+        "python3 -m fedlm figures --config {params.study:q} 2>&1 | tee {log}"
 
 
 # Snakemake's report shows pages and pictures, but offers csv and Markdown only for download.
@@ -91,18 +102,20 @@ rule pages:
             report(
                 f"{RESULTS}/pages/{table}.html",
                 category="Tables",
-                caption=f"../report/{table}.rst",
-                labels={"table": title},
+                caption=f"../report/table_{table}.rst",
+                # Numbered, since the report sorts by name.
+                labels={"table": f"{number}. {title}"},
             )
-            for table, title in TABLES.items()
+            for number, (table, title) in enumerate(TABLES.items(), start=1)
         ],
     log:
         f"{RESULTS}/logs/pages.log",
     conda:
         "../../environment.yml"
     params:
+        script=PAGES,
         depends_on=sources("workflow/scripts/pages.py"),
     message:
         "Turning the tables into pages of the report"
     shell:
-        "{PYTHON} {workflow.basedir}/workflow/scripts/pages.py {input} {RESULTS}/pages 2>&1 | tee {log}"
+        "python3 {params.script:q} {input} {output} 2>&1 | tee {log}"

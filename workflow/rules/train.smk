@@ -2,14 +2,6 @@
 # starting Python with PyTorch takes longer than a tiny run.
 
 
-def predictions(wildcards):
-    """Return the cost prediction, which says how much memory to ask a cluster for; on one machine nobody asks.
-
-    Its age does not matter to a record: hence `ancient`.
-    """
-    return [ancient(PREDICTIONS)] if submitted() else []
-
-
 if study.pipeline.runs_per_job == 1:
 
     rule train:
@@ -32,13 +24,14 @@ if study.pipeline.runs_per_job == 1:
             runtime=study.pipeline.minutes,
             gpu=study.pipeline.gpus,
         params:
+            study=STUDY_FILE,
             depends_on=lambda wildcards: run_depends_on(
                 wildcards.task, wildcards.partition, wildcards.method
             ),
         message:
             "Training {wildcards.method} on {wildcards.task}, {wildcards.partition}, seed {wildcards.seed}"
         shell:
-            "{FEDLM} run --config {STUDY_FILE:q} --task {wildcards.task} --partition {wildcards.partition}"
+            "python3 -m fedlm run --config {params.study:q} --task {wildcards.task} --partition {wildcards.partition}"
             " --method {wildcards.method} --seed {wildcards.seed} --output {output} 2>&1 | tee {log}"
 
 else:
@@ -67,6 +60,7 @@ else:
                 runtime=study.pipeline.minutes,
                 gpu=study.pipeline.gpus,
             params:
+                study=STUDY_FILE,
                 runs=[run.path for run in bundle],
                 depends_on=lambda wildcards, bundle=bundle: [
                     run_depends_on(*run[:3]) for run in bundle
@@ -74,4 +68,4 @@ else:
             message:
                 f"Training {bundle[0].method} on {bundle[0].task}: {len(bundle)} runs in one process"
             shell:
-                "{FEDLM} run-many --config {STUDY_FILE:q} {params.runs} 2>&1 | tee {log}"
+                "python3 -m fedlm run-many --config {params.study:q} {params.runs} 2>&1 | tee {log}"

@@ -1,4 +1,4 @@
-"""Turn Markdown tables into web pages for Snakemake's report: TABLE.md... FOLDER."""
+"""Turn Markdown tables into web pages for Snakemake's report: TABLE.md... PAGE.html..., as many of both."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.3em; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3em 0.8em; white-space: nowrap; }
+th, td { padding: 0.3em 0.8em; text-align: left; white-space: nowrap; }
 thead tr { border-bottom: 2px solid #444; }
 tbody tr { border-bottom: 1px solid #ddd; }
 tbody tr:hover { background: #f2f5f8; }
@@ -32,7 +32,7 @@ def page(markdown: str, title: str) -> str:
 
 
 if __name__ == "__main__":
-    *tables, folder = map(Path, sys.argv[1:])
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in tables:
-        (folder / f"{table.stem}.html").write_text(page(table.read_text("utf-8"), table.stem), "utf-8")
+    paths = [Path(name) for name in sys.argv[1:]]
+    half = len(paths) // 2
+    for table, destination in zip(paths[:half], paths[half:], strict=True):
+        destination.write_text(page(table.read_text("utf-8"), table.stem), "utf-8")
