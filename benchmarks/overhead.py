@@ -97,7 +97,7 @@ class Bare:
         """Train one client's epoch; return the number of steps."""
         self.model.train()
         optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.training.learning_rate, weight_decay=0.0, foreach=False
+            self.model.parameters(), lr=self.training.learning_rate, weight_decay=0.0, fused=True
         )
         steps = steps_of_turn(self.parts[client], self.training, 1, round, client)
         for (indices,) in steps:

@@ -88,7 +88,7 @@ class LocalOptimizer:
                 betas=settings.betas,
                 eps=settings.epsilon,
                 weight_decay=settings.weight_decay,
-                foreach=False,
+                fused=True,
             )
         else:
             self.optimizer = torch.optim.SGD(
@@ -151,8 +151,7 @@ class LocalOptimizer:
                 state = {}
                 for key in keys:
                     value = moments[f"{name}@{key}"].detach()
-                    device = "cpu" if key == "step" else updated.device
-                    state[key] = value.to(device, torch.float32, copy=True)
+                    state[key] = value.to(updated.device, torch.float32, copy=True)
                 self.optimizer.state[updated] = state
 
 

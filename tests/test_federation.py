@@ -25,7 +25,7 @@ def plain_training(place, training: dict, seed=1, rounds=1) -> dict:
     model = models.load(source, "classification", 2, seed)
     model.train()
     for round in range(1, rounds + 1):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
         for step in steps_of_turn(rows, Training(batch_size=8, **training), seed, round, 0):
             batch = data.batch(step[0])
             loss = torch.nn.functional.cross_entropy(
