@@ -23,7 +23,7 @@ class FedLoRA(Method):
 
     - `ffa`: A stays as it was initialised, so the mean of B is exact.
     - `fedsa`: only A is shared; each client keeps its B, and the clients' own models are scored.
-    - `rolora`: B is trained in odd rounds and A in even ones (B first: it is zero, and A has no gradient then).
+    - `rolora`: B is trained in odd rounds and A in even ones (B first: while it is zero, A has no gradient).
     - `flexlora`: the server averages the products and decomposes the mean into the best A and B of that rank.
     - `fedex`: A and B are averaged, and what is missing to the mean product is added to the frozen weights,
       which therefore travel to the clients from the second round on.

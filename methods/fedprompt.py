@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fedlm.errors import UserError
 from fedlm.method import Method, MethodConfig
 
 TASK_TYPES = {
@@ -48,6 +49,14 @@ class FedPrompt(Method):
 
     def virtual_tokens(self):
         return self.config.tokens
+
+    def check(self, facts):
+        classifies = facts.kind in ("classification", "regression")
+        if facts.decoder and classifies and self.config.form in ("prompt", "p_tuning"):
+            raise UserError(
+                f"form: {self.config.form!r} with a decoder that classifies, which finds its last token by its "
+                "number and virtual tokens have none; allowed: prefix, prefix_projected"
+            )
 
     def adapt(self, model, kind):
         import peft
