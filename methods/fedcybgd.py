@@ -1,7 +1,8 @@
 """FedCyBGD: clients one after another, each trains one block of the model, the server overwrites it.
 
 Its relatives are settings of the same code: several clients a block, averaged (FedBAvg); the whole model as
-one block (Fed-full); one client with all data that switches the block every K steps (BAdam, arXiv:2404.02827).
+one block (Fed-full); one client with all data that moves to another block every K steps (BAdam,
+arXiv:2404.02827).
 """
 
 from typing import Literal

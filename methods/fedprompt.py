@@ -54,8 +54,8 @@ class FedPrompt(Method):
         classifies = facts.kind in ("classification", "regression")
         if facts.decoder and classifies and self.config.form in ("prompt", "p_tuning"):
             raise UserError(
-                f"form: {self.config.form!r} with a decoder that classifies, which finds its last token by its "
-                "number and virtual tokens have none; allowed: prefix, prefix_projected"
+                f"form: {self.config.form!r} with a classifying decoder, whose last token is found by its "
+                "number, and virtual tokens have none; allowed: prefix, prefix_projected"
             )
 
     def adapt(self, model, kind):
