@@ -219,7 +219,10 @@ def make(
                 write_atomically(path, content.getvalue())
                 written.append(path)
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context():
+        # The reader's own matplotlibrc must not change a figure.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
         grid = [(some_tasks, some_partitions) for some_tasks in rows for some_partitions in columns]
         save("score_over_rounds", (_over_rounds(scene, rounds, look, *page) for page in grid))
         save("score_over_bytes", (_over_bytes(scene, rounds, look, *page) for page in grid))
@@ -624,7 +627,7 @@ def _memory(scene, tasks) -> Figure:
         axes.set_xlabel(f"peak memory of a turn ({word})")
         axes.grid(axis="y", visible=False)
         runs = scene.runs[scene.runs["task"] == task]
-        widest = runs.groupby("method")["peak_memory_bytes"].mean().max() / unit if len(runs) else 1.0
+        widest = runs.groupby("method")["peak_memory_bytes"].mean().max() / unit
         for place, method in enumerate(scene.methods):
             own = runs[runs["method"] == method]
             if own["peak_memory_bytes"].notna().sum() == 0:
@@ -646,7 +649,7 @@ def _memory(scene, tasks) -> Figure:
                 left += width
             text = f" {left:,.0f}" if left >= 100 else f" {left:.3g}"
             axes.text(left, place, text, va="center", fontsize=6.5)
-        axes.set_xlim(0, widest * 1.16)
+        axes.set_xlim(0, widest * 1.16 if math.isfinite(widest) else 1.0)
         axes.set_yticks(range(len(scene.methods)), [scene.titles[method] for method in scene.methods])
         axes.set_ylim(len(scene.methods) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)

@@ -1,0 +1,224 @@
+"""Figures: all of them, the same bytes each time, one style a method, and no crash where data are missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image
+from synthetic import TITLES, synthetic_partition, write_study
+
+from fedlm import figures, results
+from fedlm.errors import UserError
+
+# Another process, whose reader has other settings and hashes.
+AGAIN = """
+import json, sys
+import matplotlib
+from fedlm import figures
+matplotlib.rcParams.update({"font.size": 20, "axes.grid": False, "figure.dpi": 50, "pdf.compression": 0})
+before = dict(matplotlib.rcParams)
+runs, rounds, partitions, titles, destination, expected = json.loads(sys.argv[1])
+figures.make(runs, rounds, partitions, titles, destination, [tuple(run) for run in expected])
+assert dict(matplotlib.rcParams) == before
+"""
+
+
+def study(folder, skip=lambda path: False, **changes):
+    """Write and collect a study; return the arguments of `figures.make`, without the destination."""
+    records, partitions, expected = write_study(folder, **changes)
+    kept = [path for path in records if not skip(str(path.relative_to(folder)))]
+    results.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
+    return [folder / "runs.parquet", folder / "rounds.parquet", partitions], expected
+
+
+def is_drawn(path):
+    """Return whether a picture holds more than its background."""
+    pixels = numpy.asarray(Image.open(path).convert("L"))
+    return (pixels < 200).mean() > 0.002
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The figures of a small study that has a bit of everything."""
+    folder = tmp_path_factory.mktemp("study")
+    arguments, expected = study(
+        folder,
+        skip=lambda path: "movie_reviews/sizes_0.3/fedlora" in path,
+        partitions=("dirichlet_0.1", "sizes_0.3"),
+        methods=("fedavg", "fedcybgd", "fedlora", "centralized"),
+        seeds=(1, 2),
+        rounds=2,
+    )
+    paths = figures.make(*arguments, TITLES, folder / "figures", expected)
+    return folder, arguments, expected, paths
+
+
+def test_every_figure_is_drawn_as_pdf_and_png(drawn):
+    _, _, _, paths = drawn
+    names = figures.names(tasks=2, partitions=2)
+    assert sorted(path.name for path in paths) == sorted(
+        f"{name}.{end}" for name in names for end in ("pdf", "png")
+    )
+    assert set(names) == set(figures.NAMES)
+    for path in paths:
+        if path.suffix == ".png":
+            assert is_drawn(path), path
+            width = Image.open(path).width / figures.SETTINGS["savefig.dpi"]
+            assert width == pytest.approx(figures.WIDTH, abs=0.01)
+        else:
+            content = path.read_bytes()
+            assert content.startswith(b"%PDF") and b"Date" not in content and b"Matplotlib" not in content
+
+
+def test_another_process_with_other_settings_draws_the_same_bytes(drawn):
+    folder, arguments, expected, paths = drawn
+    runs, rounds, partitions = arguments
+    given = [
+        str(runs),
+        str(rounds),
+        [str(path) for path in reversed(partitions)],
+        TITLES,
+        str(folder / "again"),
+        expected,
+    ]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "MPLBACKEND": "svg", "LC_ALL": "C"}
+    subprocess.run(
+        [sys.executable, "-c", AGAIN, json.dumps(given)],
+        check=True,
+        env=environment,
+        cwd=Path(figures.__file__).parent.parent,
+    )
+    for path in paths:
+        assert (folder / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": (1,), "rounds": 1, "methods": ("fedavg",), "partitions": ("iid",), "tasks": ("bbc_news",)},
+        {
+            "seeds": (1,),
+            "rounds": 1,
+            "methods": ("local_only",),
+            "partitions": ("dirichlet_1",),
+            "tasks": ("t",),
+        },
+        {
+            "seeds": (1,),
+            "metric": "perplexity",
+            "tasks": ("talk",),
+            "methods": ("fedcybgd", "new_one"),
+            "partitions": ("sizes_0.3",),
+        },
+    ],
+    ids=["one run", "one control that sends nothing", "perplexity, sizes only"],
+)
+def test_small_studies_do_not_crash(tmp_path, changes, monkeypatch):
+    monkeypatch.setitem(figures.SETTINGS, "savefig.dpi", 60)
+    arguments, expected = study(tmp_path, **changes)
+    for path in figures.make(*arguments, {}, tmp_path / "figures", expected):
+        assert path.stat().st_size > 1000
+
+
+def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypatch):
+    monkeypatch.setitem(figures.SETTINGS, "savefig.dpi", 60)
+
+    def nothing_of_one_cell(path):
+        return "bbc_news/iid" in path or "dirichlet_1/fedavg/seed2" in path
+
+    arguments, expected = study(
+        tmp_path,
+        tasks=("bbc_news",),
+        methods=("fedavg", "fedlora"),
+        partitions=("iid", "dirichlet_1"),
+        seeds=(1, 2),
+        rounds=2,
+    )
+    records = [path for path in (tmp_path / "runs").rglob("*.json") if not nothing_of_one_cell(str(path))]
+    for path in records:
+        record = json.loads(path.read_text())
+        record["rounds"][0] |= {"validation": None, "validation_score": None}
+        record["baseline_validation"] = {}
+        record["partition_skew"] = {}
+        record["memory"] = dict.fromkeys(record["memory"])
+        path.write_text(json.dumps(record))
+    results.collect(records, arguments[1], arguments[0])
+    arguments[2] = arguments[2][:1]
+    paths = figures.make(*arguments, TITLES, tmp_path / "figures", expected)
+    assert len(paths) == 2 * len(figures.names(1, 2))
+
+
+def test_large_studies_go_on_in_further_files(tmp_path, monkeypatch):
+    assert "memory_2" in figures.names(5, 1) and "memory_2" not in figures.names(4, 9)
+    assert "partitions_3" in figures.names(4, 9) and "trade_off_9" in figures.names(4, 9)
+    monkeypatch.setattr(figures, "PER_PAGE", 1)
+    monkeypatch.setitem(figures.SETTINGS, "savefig.dpi", 60)
+    arguments, expected = study(tmp_path, partitions=("iid",), methods=("fedavg",), seeds=(1,), rounds=1)
+    paths = figures.make(*arguments, {}, tmp_path / "figures", expected)
+    assert sorted(path.stem for path in paths if path.suffix == ".pdf") == sorted(figures.names(2, 1))
+    assert len(paths) == 2 * 2 * len(figures.NAMES)
+
+
+def test_known_methods_keep_their_style_and_new_ones_get_their_own():
+    alone = figures.styles(["fedavg"])["fedavg"]
+    among = figures.styles(["my_method", "zz", "fedcybgd", "fedavg"])
+    assert among["fedavg"] == alone
+    assert list(among) == ["my_method", "zz", "fedcybgd", "fedavg"]
+    many = figures.styles([*figures._KNOWN, *(f"own_{number}" for number in range(7))])
+    assert len({style.marker for style in many.values()}) == len(many)
+    assert figures.styles(["b", "a"]) == figures.styles(["a", "b"])
+
+
+@pytest.mark.parametrize(("clients", "labels"), [(3, 2), (41, 2), (500, 77)])
+def test_partitions_of_any_size_are_drawn(clients, labels):
+    file = synthetic_partition("bbc_news", "dirichlet_0.1", 1, clients=clients)
+    wide = numpy.random.default_rng(0).integers(0, 5, (clients, labels)).tolist()
+    file = file.model_copy(
+        update={"label_counts": wide, "label_names": [f"label {number}" for number in range(labels)]}
+    )
+    figure = figures._partitions([file], ["bbc_news"], ["dirichlet_0.1", "absent"])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    tallest = max(map(sum, wide))
+    assert tallest <= axes.get_ylim()[1] <= tallest * 1.2
+    assert axes.get_xlabel() == ("client" if clients <= figures.MANY_CLIENTS else "client, by size")
+
+
+def test_texts_of_a_figure_do_not_overlap(drawn):
+    """Titles, axis labels and legend entries of one figure have places of their own."""
+    folder, arguments, expected, _ = drawn
+    import matplotlib
+
+    scene = results.Scene.make(results.load_runs(arguments[0]), expected, TITLES)
+    rounds = results.load_rounds(arguments[1])
+    for key in ("task", "partition", "method"):
+        rounds[key] = rounds[key].astype(str)
+    look = figures.styles(scene.methods)
+    with matplotlib.rc_context(figures.SETTINGS):
+        drawings = {
+            "rounds": figures._over_rounds(scene, rounds, look, scene.tasks, scene.partitions),
+            "bytes": figures._over_bytes(scene, rounds, look, scene.tasks, scene.partitions),
+            "heterogeneity": figures._over_heterogeneity(scene, look, scene.tasks),
+            "memory": figures._memory(scene, scene.tasks),
+            "blocks": figures._memory_by_block(scene, look, scene.tasks),
+        }
+        for name, figure in drawings.items():
+            figure.draw_without_rendering()
+            boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+            boxes += [axes.xaxis.label.get_window_extent() for axes in figure.axes if axes.get_xlabel()]
+            boxes += [axes.yaxis.label.get_window_extent() for axes in figure.axes if axes.get_ylabel()]
+            boxes += [legend.get_window_extent() for legend in figure.legends]
+            for number, box in enumerate(boxes):
+                assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1, name
+                assert not any(box.overlaps(other) for other in boxes[number + 1 :]), name
+
+
+def test_a_damaged_partition_is_named(drawn, tmp_path):
+    _, arguments, expected, _ = drawn
+    (tmp_path / "seed1.json").write_text("{}")
+    with pytest.raises(UserError, match=r"seed1\.json"):
+        figures.make(*arguments[:2], [tmp_path / "seed1.json"], TITLES, tmp_path, expected)
