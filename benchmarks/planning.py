@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import tiny_study
+from tests import tiny_study  # noqa: E402
 
 METHODS = {
     "fedavg": None,

@@ -93,5 +93,7 @@ def test_all_places_name_the_same_oldest_python():
         if isinstance(entry, str) and entry.startswith("python")
     )
     assert SpecifierSet(conda) == oldest
-    major, minor = re.search(r"sys\.version_info >= \((\d+), (\d+)\)", (ROOT / "Makefile").read_text()).groups()
+    major, minor = re.search(
+        r"sys\.version_info >= \((\d+), (\d+)\)", (ROOT / "Makefile").read_text()
+    ).groups()
     assert SpecifierSet(f">={major}.{minor}") == oldest

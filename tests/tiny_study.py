@@ -1,4 +1,4 @@
-"""A study that runs in seconds: a tiny random BERT and two classes of made-up sentences, all in one folder."""
+"""A study that runs in seconds: a tiny random BERT and two classes of made-up sentences, in one folder."""
 
 import csv
 import random

@@ -22,7 +22,7 @@ MARK = "# Made by tests/slurm/cluster.py of fedlm-bench"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
-# MinJobAge: without accounting the state of a finished job is asked of squeue, so jobs must stay in its memory.
+# MinJobAge: without accounting squeue must still know the state of a job that has ended.
 # cred_expire: a job that is queued again waits so long before it starts.
 SLURM_CONF = """{mark}
 ClusterName=test

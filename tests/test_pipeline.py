@@ -1,0 +1,198 @@
+"""The pipeline as a reader runs it: real Snakemake processes on a copy of the repository and a tiny study."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+from fedlm import figures, tables
+from tests import tiny_study
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("Snakefile", "environment.yml", "workflow", "profiles", "fedlm", "methods", "tasks", "config")
+# Each step multiplies the weights by 1 - 100 x 10, until they are infinite.
+DIVERGES = {"optimizer": "sgd", "learning_rate": 100.0, "weight_decay": 10.0, "local_epochs": 10}
+METHODS = {
+    "fedavg": None,
+    "head_only": None,
+    "diverging": {"method": "fedavg", "training": DIVERGES},
+}
+
+pytestmark = pytest.mark.slow
+
+
+class Place:
+    """A copy of the repository with a tiny study in it, where Snakemake is run."""
+
+    def __init__(self, folder: Path, **changes):
+        self.folder, self.changes = folder, changes
+        for name in PARTS:
+            source = ROOT / name
+            if source.is_dir() and not source.is_symlink():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, folder / name, follow_symlinks=False)
+        self.study = self.write()
+
+    def write(self, **changes) -> Path:
+        return tiny_study.write(self.folder / "own", "tiny", **{**self.changes, **changes})
+
+    def snakemake(self, *arguments: str) -> tuple[int, str]:
+        """Run Snakemake on the study; return its exit status and all it said."""
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "2",
+            "--configfile",
+            str(self.study),
+            *arguments,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        return done.returncode, done.stdout
+
+    def plan(self) -> list[str]:
+        """Return the messages of the jobs that Snakemake would run now."""
+        status, said = self.snakemake("--dry-run")
+        assert status == 0, said
+        return re.findall(r"^Job \d+: (.*)$", said, re.MULTILINE)
+
+    def records(self) -> dict[str, tuple[bytes, int]]:
+        """Return content and time of each record, by its path."""
+        runs = self.folder / "results" / "tiny" / "runs"
+        return {
+            path.relative_to(runs).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in runs.rglob("seed*.json")
+        }
+
+    def missing(self) -> list[str]:
+        table = pandas.read_csv(self.folder / "results/tiny/tables/missing.csv")
+        return [f"{row.task}/{row.partition}/{row.method}/seed{row.seed}" for row in table.itertuples()]
+
+
+def test_from_a_failing_run_to_a_complete_study(tmp_path):
+    """One study through its life: failure, correction, nothing to do, changed sources and data, report."""
+    place = Place(tmp_path, methods=METHODS)
+
+    # A failing run: the others finish, tables and figures are made of them and name what is missing.
+    status, said = place.snakemake()
+    assert status == 1
+    failed = re.search(r"^.*films/iid/diverging/seed1.*round 1.*$|^error: .*round.*$", said, re.MULTILINE)
+    assert failed, said
+    finished = place.records()
+    assert sorted(finished) == ["films/iid/fedavg/seed1.json", "films/iid/head_only/seed1.json"]
+    assert place.missing() == ["films/iid/diverging/seed1"]
+    results = tmp_path / "results" / "tiny"
+    assert "Missing: 1 of 3 runs" in (results / "tables" / "main.md").read_text()
+    assert (tmp_path / "figures/tiny/score_over_rounds.pdf").stat().st_size > 1000
+    # Rounds of training are told while it goes on, on the terminal and in the log.
+    assert "films/iid/fedavg/seed1: round 2/2" in said
+    assert "round 2/2" in (results / "logs/train/films/iid/fedavg/seed1.log").read_text()
+
+    # A second attempt would make the failing run only, although tables and figures are there.
+    assert [job for job in place.plan() if job.startswith("Training")] == [
+        "Training diverging on films, iid, seed 1"
+    ]
+
+    # Corrected, the study is completed without touching what was finished.
+    place.write(methods={**METHODS, "diverging": {"method": "fedavg", "training": {"learning_rate": 2e-3}}})
+    status, said = place.snakemake()
+    assert status == 0, said
+    assert said.count("Training ") == 1
+    assert {path: place.records()[path] for path in finished} == finished
+    assert place.missing() == []
+    for table in tables.NAMES:
+        for ending in ("csv", "md", "tex"):
+            assert (results / "tables" / f"{table}.{ending}").stat().st_size
+    for figure in figures.names(1, 1):
+        for ending in ("pdf", "png"):
+            assert (tmp_path / "figures" / "tiny" / f"{figure}.{ending}").stat().st_size
+
+    status, said = place.snakemake()
+    assert (status, "Nothing to be done" in said) == (0, True)
+
+    # One page holds all tables and figures, and loads nothing from elsewhere.
+    status, said = place.snakemake("--report", "report.html")
+    assert status == 0, said
+    page = (tmp_path / "report.html").read_text()
+    for name in [
+        *(f"pages/{table}.html" for table in tables.NAMES),
+        *(f"{n}.png" for n in figures.names(1, 1)),
+    ]:
+        assert name in page
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?https?://", page)
+
+    # A changed source or setting: what depends on it is made again, although no file of a rule has changed.
+    method = tmp_path / "methods" / "head_only.py"
+    method.write_text(method.read_text() + "\n# changed\n")
+    place.write(methods={**METHODS, "diverging": {"method": "fedavg", "training": {"learning_rate": 3e-3}}})
+    assert sorted(job for job in place.plan() if job.startswith("Training")) == [
+        "Training diverging on films, iid, seed 1",
+        "Training head_only on films, iid, seed 1",
+    ]
+    # Changed data: everything.
+    data = place.study.with_name("data.csv")
+    data.write_text(data.read_text() + "the film was long,bad\n")
+    assert {"Preparing task films", "Training fedavg on films, iid, seed 1"} <= set(place.plan())
+
+
+def test_runs_that_share_a_process(tmp_path):
+    """A run that fails takes neither its neighbour in the process nor the neighbour's record with it."""
+    place = Place(
+        tmp_path,
+        # A client of eight makes one step a round: too few to diverge.
+        federation={"clients": 8, "rounds": 3},
+        partitions={"iid": None, "pooled": None},
+        methods={"fedavg": {"training": {**DIVERGES, "learning_rate": 2.0, "local_epochs": 1}}},
+        pipeline={"runs_per_job": 2},
+    )
+    status, said = place.snakemake()
+    assert status == 1
+    assert "Training fedavg on films: 2 runs in one process" in said
+    # Snakemake removes what a failed job has made; the finished record is put back from its copy.
+    finished = place.records()
+    assert list(finished) == ["films/iid/fedavg/seed1.json"]
+    assert place.missing() == ["films/pooled/fedavg/seed1"]
+
+    status, said = place.snakemake()
+    assert status == 1
+    assert "films/iid/fedavg/seed1: was finished before" in said
+    assert "films/iid/fedavg/seed1: round" not in said
+    assert place.records()["films/iid/fedavg/seed1.json"][0] == finished["films/iid/fedavg/seed1.json"][0]
+
+
+def test_a_bad_study_is_refused_before_any_job(tmp_path):
+    place = Place(tmp_path)
+    values = yaml.safe_load(place.study.read_text())
+    values["federation"]["clients"] = 0
+    values["partitions"]["odd"] = {"scheme": "labels", "labels_per_client": 9, "colour": "red"}
+    place.study.write_text(yaml.safe_dump(values))
+    status, said = place.snakemake()
+    assert status == 2
+    lines = [line for line in said.splitlines() if "profile" not in line]
+    assert len(lines) >= 2
+    assert any("federation.clients: 0" in line for line in lines)
+    assert any("colour" in line for line in lines)
+    assert "Traceback" not in said
+    assert not (tmp_path / "results").exists()
+
+    status, said = place.snakemake("--config", "rounds=3")
+    assert status == 2
+    assert "settings stand in the study file" in said
