@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
+from fedlm import compression
 from fedlm import method as method_module
 from fedlm import task as task_module
 from fedlm.config import Study
@@ -83,6 +84,10 @@ def check(study: Study) -> None:
                 continue
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
             attempt(f"methods.{name}", lambda built=built, found=found: built.check(found))
+            attempt(
+                f"methods.{name}",
+                lambda built=built, model=model, kind=kind: compression.check(built, model, kind),
+            )
             room = (found.positions or 10**9) - built.virtual_tokens()
             if room < 8:
                 faults.append(

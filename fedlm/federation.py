@@ -160,6 +160,7 @@ class Federation:
             for name, value in tensors.items():
                 if not torch.isfinite(value).all():
                     raise Diverged(f"the update of {name} is not finite")
+        self.link.uploaded(client, tensors)
         if not turn.kept:
             del self.server.kept[client]
         return Upload(client, len(self.parts[client]), tensors)

@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 class Instruments:
     """Counts FLOPs and measures memory, each shape of work once.
 
-    FLOPs depend on which parameters are trained and on the batch's shape and on nothing else, so PyTorch's
-    counter runs the first time a shape is met, over the step itself, and its figure is used again later.
+    FLOPs depend on which parameters are trained, on the batch's shape, on the layers that the client's copy
+    lacks (`dropped`), and on nothing else, so PyTorch's counter runs the first time a shape is met, over the
+    step itself, and its figure is used again later.
     """
 
     def __init__(self) -> None:
         self.memory: dict[str, Memory] = {}
+        self.dropped: tuple[int, ...] = ()
         self._largest: dict[str, int] = {}
         self._flops: dict[tuple, int] = {}
 
     def count(self, segment: "Segment", batch: dict[str, Tensor], work: Callable[[], Tensor]):
         """Run `work` and return its result and the FLOPs of its forward and backward pass."""
-        key = (hash(tuple(segment.trainable)), *((name, value.shape) for name, value in batch.items()))
+        shapes = ((name, value.shape) for name, value in batch.items())
+        key = (hash(tuple(segment.trainable)), self.dropped, *shapes)
         if key in self._flops:
             return work(), self._flops[key]
         with FlopCounterMode(display=False) as counter:
@@ -39,7 +42,7 @@ class Instruments:
 
     def knows_memory(self, segment: "Segment", size: int) -> bool:
         """Return whether a step of the segment at least as large was measured already."""
-        return self._largest.get(segment.label, 0) >= size
+        return self._largest.get(self._work(segment), 0) >= size
 
     def measure(
         self,
@@ -50,20 +53,26 @@ class Instruments:
         state: Callable[[], Iterable[Tensor]],
     ) -> None:
         """Measure the peak of live tensors during `step` and note it under the segment's label."""
-        self._largest[segment.label] = size
+        self._largest[self._work(segment)] = size
         found = measure_step(step, model, state)
         known = self.memory.get(segment.label)
         if known is None or found.peak > known.peak:
             self.memory[segment.label] = found
 
-    def books(self) -> dict[str, list]:
+    def books(self) -> dict[str, dict]:
         """Return the memory found so far as plain values, for a checkpoint."""
-        return {label: [self._largest[label], asdict(memory)] for label, memory in self.memory.items()}
+        memory = {label: asdict(memory) for label, memory in self.memory.items()}
+        return {"largest": self._largest, "memory": memory}
 
-    def restore(self, books: dict[str, list]) -> None:
+    def restore(self, books: dict[str, dict]) -> None:
         """Continue from what `books` returned."""
-        for label, (size, memory) in books.items():
-            self._largest[label], self.memory[label] = size, Memory(**memory)
+        self._largest = dict(books["largest"])
+        self.memory = {label: Memory(**memory) for label, memory in books["memory"].items()}
+
+    def _work(self, segment: "Segment") -> str:
+        """Return what names the work of a segment: its label and the layers that are not there."""
+        without = ", ".join(map(str, self.dropped))
+        return f"{segment.label} without {without}" if without else segment.label
 
     def peak(self) -> Memory | None:
         """Return the memory of the turn with the highest peak; None before any turn."""
