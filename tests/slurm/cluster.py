@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 CONFIGURATION = Path("/etc/slurm")
 MARK = "# Made by tests/slurm/cluster.py of fedlm-bench"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+CONTROLLER_PORT = 16817
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
 # MinJobAge: without accounting squeue must still know the state of a job that has ended.
@@ -29,7 +31,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
-SlurmctldPort=16817
+SlurmctldPort={port}
 SlurmdPort=16818
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
@@ -81,6 +83,9 @@ def missing() -> str:
     existing = CONFIGURATION / "slurm.conf"
     if existing.exists() and not existing.read_text().startswith(MARK):
         return f"{existing} is of another cluster"
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", CONTROLLER_PORT)) == 0:
+            return f"port {CONTROLLER_PORT} is taken (a test cluster is running?)"
     return ""
 
 
@@ -126,7 +131,14 @@ class Cluster:
 
     def _configure(self, cpus: int) -> None:
         memory = int(re.search(r"RealMemory=(\d+)", run("slurmd", "-C")).group(1)) * 9 // 10
-        values = {"mark": MARK, "host": self.host, "folder": self.folder, "cpus": cpus, "memory": memory}
+        values = {
+            "port": CONTROLLER_PORT,
+            "mark": MARK,
+            "host": self.host,
+            "folder": self.folder,
+            "cpus": cpus,
+            "memory": memory,
+        }
         CONFIGURATION.mkdir(exist_ok=True)
         for name, text in (("slurm", SLURM_CONF), ("gres", GRES_CONF), ("cgroup", CGROUP_CONF)):
             (CONFIGURATION / f"{name}.conf").write_text(text.format(**values))
@@ -193,16 +205,16 @@ def main() -> int:
     if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
         print(__doc__, file=sys.stderr)
         return 2
+    cluster = Cluster(Path(sys.argv[2]))
+    if sys.argv[1] == "stop":
+        cluster.stop()
+        return 0
     reason = missing()
     if reason:
         print(f"Slurm cannot be started: {reason}", file=sys.stderr)
         return 2
-    cluster = Cluster(Path(sys.argv[2]))
-    if sys.argv[1] == "start":
-        cluster.start()
-        print(run("sinfo", "--long"), end="")
-    else:
-        cluster.stop()
+    cluster.start()
+    print(run("sinfo", "--long"), end="")
     return 0
 
 
