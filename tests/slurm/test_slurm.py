@@ -1,0 +1,203 @@
+"""A study through a real Slurm: jobs are submitted, fail, are cancelled, run out of time, lose their node.
+
+Whatever happens to a job, a run ends with the same bytes as one that nothing has happened to.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_study
+from tests.slurm.cluster import Cluster, missing, run, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROFILE = ROOT / "workflow" / "profiles" / "slurm"
+# Without accounting the state of a job is asked of squeue, and a small cluster can be asked often.
+TEST_CLUSTER = (
+    "--slurm-status-command=squeue",
+    "--slurm-init-seconds-before-status-checks=2",
+    "--seconds-between-status-checks=2",
+    "--latency-wait=15",
+)
+ROUNDS = 400
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A running Slurm; it is stopped at the end."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+
+
+class Controller:
+    """One Snakemake that works on a study in `folder`, locally or on Slurm."""
+
+    def __init__(self, folder: Path, study: Path, *arguments: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.log = folder / f"snakemake{len(list(folder.glob('*.log')))}.log"
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+        command += ["--directory", str(folder), "--configfile", str(study), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    @classmethod
+    def on_slurm(cls, folder: Path, study: Path, *arguments: str) -> "Controller":
+        return cls(folder, study, "--workflow-profile", str(PROFILE), *TEST_CLUSTER, *arguments)
+
+    def finish(self, seconds: float = 600) -> tuple[int, str]:
+        """Wait for the end; return exit status and all that was said."""
+        status = self.process.wait(seconds)
+        return status, self.said()
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+
+
+def records(folder: Path) -> dict[str, dict]:
+    """Return the records below a folder, by method."""
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in (folder / "results/tiny/runs").rglob("seed*.json")
+    }
+
+
+def outcome(record: dict) -> tuple:
+    """Return what must not depend on what happened on the way: the final payload, bytes, FLOPs and scores."""
+    rounds = [(row["validation"], row["upload_bytes"], row["flops"]) for row in record["rounds"]]
+    return record["provenance"]["payload_sha256"], record["test"], record["download_bytes"], rounds
+
+
+def round_reached(folder: Path, method: str) -> int:
+    """Return the last round of which a run has a whole checkpoint."""
+    checkpoints = (folder / f"results/tiny/checkpoints/films/iid/{method}/seed1").glob("round-*")
+    return max((int(re.search(r"\d+", path.name)[0]) for path in checkpoints), default=0)
+
+
+def job_of(cluster: Cluster, method: str) -> str | None:
+    """Return the number of the job that trains a method at this moment."""
+    for number, (state, comment) in cluster.jobs().items():
+        if state == "RUNNING" and f"_{method}_" in comment:
+            return number
+    return None
+
+
+def states(cluster: Cluster, method: str) -> list[str]:
+    """Return the states of all jobs that trained a method."""
+    return [state for state, comment in cluster.jobs().values() if f"_{method}_" in comment]
+
+
+def test_study_on_slurm(cluster, tmp_path):
+    """What a job asks for is predicted; it is seen in squeue; a failing job fails its run only."""
+    diverging = {"optimizer": "sgd", "learning_rate": 100.0, "weight_decay": 10.0, "local_epochs": 10}
+    study = tiny_study.write(
+        tmp_path / "own",
+        "tiny",
+        methods={"fedavg": None, "diverging": {"method": "fedavg", "training": diverging}},
+        pipeline={"memory_mb": 2600, "minutes": 7, "threads": 1},
+    )
+    place = tmp_path / "slurm"
+    controller = Controller.on_slurm(place, study, "--retries=0")
+    try:
+        wait_for("a job in squeue", lambda: cluster.jobs(), 120)
+        number = next(iter(cluster.jobs()))
+        asked = run("squeue", "--states=all", "--noheader", f"--jobs={number}", "--format=%l %C %m").split()
+        status, said = controller.finish()
+    finally:
+        controller.stop()
+    assert status == 1
+    assert {comment.split("_iid_")[1] for _, comment in cluster.jobs().values()} == {
+        "fedavg_1",
+        "diverging_1",
+    }
+    assert sorted(state for state, _ in cluster.jobs().values()) == ["COMPLETED", "FAILED"]
+    # Minutes and cores as the study says, memory as predicted.
+    predicted = json.loads((place / "results/tiny/costs/predictions.json").read_text())["films/fedavg"]
+    memory = 2000 + (predicted["peak_memory_bytes"] + 3 * predicted["parameter_bytes"]) // 10**6
+    assert asked == ["7:00", "1", f"{memory}M"]
+    assert list(records(place)) == ["fedavg"]
+    missing_runs = (place / "results/tiny/tables/missing.csv").read_text().split()
+    assert missing_runs == ["task,partition,method,seed", "films,iid,diverging,1"]
+
+
+def test_whatever_happens_to_a_job_the_result_is_the_same(cluster, tmp_path):
+    """One job is cancelled, one runs out of time; then the node daemon is killed, and one is queued again."""
+    settings = {
+        "federation": {"clients": 4, "rounds": ROUNDS},
+        "methods": {"long": {"method": "fedavg", "training": {"local_epochs": 8}}, "fedcybgd": None},
+    }
+    study = tiny_study.write(tmp_path / "own", "tiny", pipeline={"minutes": 1}, **settings)
+    place = tmp_path / "slurm"
+    predictions = place / "results/tiny/costs/predictions.json"
+    predictions.parent.mkdir(parents=True)
+    predictions.write_text("{}\n")  # What is predicted is tested above.
+
+    controller = Controller.on_slurm(place, study, "--retries=0")
+    try:
+        wait_for("rounds of fedcybgd", lambda: round_reached(place, "fedcybgd") >= 5, 180)
+        run("scancel", job_of(cluster, "fedcybgd"))
+        status, said = controller.finish()
+    finally:
+        controller.stop()
+    assert status == 1, said
+    reached = {method: round_reached(place, method) for method in settings["methods"]}
+    assert all(0 < round < ROUNDS for round in reached.values()), reached
+    assert states(cluster, "fedcybgd") == ["CANCELLED"]
+    assert states(cluster, "long") == ["TIMEOUT"]
+    assert records(place) == {}
+
+    # The second Snakemake: each continues where it was.
+    tiny_study.write(tmp_path / "own", "tiny", pipeline={"minutes": 15}, **settings)
+    controller = Controller.on_slurm(place, study)
+    try:
+        for method in reached:
+            further = reached[method] + 2
+            wait_for(f"rounds of {method}", lambda: round_reached(place, method) > further, 180)
+        cluster.kill_node()
+        cluster.start_node()
+        further = round_reached(place, "long") + 2
+        wait_for("a new start of long", lambda: job_of(cluster, "long"), 180)
+        wait_for("rounds of long", lambda: round_reached(place, "long") > further, 180)
+        run("scontrol", "requeue", job_of(cluster, "long"))
+        status, said = controller.finish()
+    finally:
+        controller.stop()
+    assert status == 0, said
+    for method, round in reached.items():
+        log = (place / f"results/tiny/logs/train/films/iid/{method}/seed1.log").read_text()
+        assert int(re.search(r"resumed after round (\d+)/", log)[1]) > round
+    made = records(place)
+
+    status, said = Controller.on_slurm(place, study).finish()
+    assert (status, "Nothing to be done" in said) == (0, True)
+
+    # The same study on this machine alone, undisturbed.
+    local = tmp_path / "local"
+    status, said = Controller(local, study, "--cores=2").finish()
+    assert status == 0, said
+    expected = records(local)
+    assert sorted(expected) == ["fedcybgd", "long"]
+    for method, record in expected.items():
+        assert outcome(made[method]) == outcome(record), method
