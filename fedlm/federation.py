@@ -213,8 +213,9 @@ class Federation:
         """Return all that the next round depends on, as tensors and as plain values."""
         tensors = {f"server/{name}": value for name, value in self.server.tensors.items()}
         tensors |= {f"state/{name}": value for name, value in self.server.state.items()}
-        for client, kept in self.server.kept.items():
-            tensors |= {f"kept/{client}/{name}": value for name, value in kept.items()}
+        for kind, clients in (("kept", self.server.kept), ("copies", self.link.copies)):
+            for client, values in clients.items():
+                tensors |= {f"{kind}/{client}/{name}": value for name, value in values.items()}
         books = {
             "version": self.server.version,
             "link": self.link.books(),
@@ -234,9 +235,10 @@ class Federation:
         self.server.tensors = {}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
-            if kind == "kept":
+            if kind in ("kept", "copies"):
                 client, _, rest = rest.partition("/")
-                self.server.kept.setdefault(int(client), {})[rest] = value
+                clients = self.server.kept if kind == "kept" else self.link.copies
+                clients.setdefault(int(client), {})[rest] = value
             else:
                 (self.server.tensors if kind == "server" else self.server.state)[rest] = value
         self.server.version = books["version"]

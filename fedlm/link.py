@@ -23,9 +23,9 @@ class Link:
     """Downloads of a federation: client caches and compression.
 
     What the client trains in this turn always arrives exactly (in the payload's precision); of the other
-    parameters, those in blocks may be reduced. `seen` notes, for clients that keep what they had
-    (cache: last_visit), which version of each parameter that is and whether exactly; the values are in
-    `server.kept`. The other caches cost nothing per client.
+    parameters, those in blocks may be reduced. Of clients that keep what they had (cache: last_visit),
+    `copies` holds the values and `seen` notes which version of each parameter that is, and whether exactly.
+    The other caches cost nothing per client.
 
     To foretell sizes, `plan(..., values=False)`, it needs of the federation `method`, `server`, `model` and
     `seed`, whose tensors may be fake. Raises UserError if the method leaves nothing to reduce.
@@ -35,6 +35,7 @@ class Link:
         self.federation = federation
         self.method, self.server = federation.method, federation.server
         self.config = federation.method.config
+        self.copies: dict[int, dict[str, Tensor]] = {}
         self.seen: dict[int, dict[str, tuple[int, bool]]] = {}
         self._uploaded: tuple[int, dict[str, Tensor]] | None = None
         self._inputs: tuple[int, dict[str, pruning.Inputs]] = (0, {})  # the round, and what was seen in it
@@ -99,14 +100,12 @@ class Link:
     def receive(self, client: int, message: bytes) -> dict[str, Tensor]:
         """Return the values of the client's copy: pretrained, overlaid by what it kept and was sent."""
         decoded = payload.decode(message, self.expected())
-        kept = self.server.kept.get(client, {})
         if self.config.cache == "last_visit":
-            kept = self.server.kept.setdefault(client, {})
             # What arrived as the server has it is held once, however many clients keep it.
-            kept.update({name: self._one_copy(name, value) for name, value in decoded.items()})
-        moments = self.config.moments == "handed_on"
-        own = {name: value for name, value in kept.items() if moments or "@" not in name}
-        return {**self.server.initial, **own, **decoded}
+            copies = {name: self._one_copy(name, value) for name, value in decoded.items()}
+            self.copies.setdefault(client, {}).update(copies)
+        own = {name: v for name, v in self.server.kept.get(client, {}).items() if "@" not in name}
+        return {**self.server.initial, **self.copies.get(client, {}), **own, **decoded}
 
     def uploaded(self, client: int, tensors: dict[str, Tensor]) -> None:
         """Note what the server received from a client."""
@@ -122,11 +121,11 @@ class Link:
         for name, value in tensors.items():
             current = self.server.tensors.get(name)
             if current is not None and _equal(current, value):
-                self.server.kept.setdefault(client, {})[name] = current
+                self.copies.setdefault(client, {})[name] = current
                 self.seen.setdefault(client, {})[name] = (self.server.version.get(name, 0), True)
 
     def books(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold, as plain values."""
+        """Return what a checkpoint must hold beside `copies`, as plain values."""
         return {"seen": {str(client): seen for client, seen in self.seen.items()}}
 
     def restore(self, books: dict[str, Any]) -> None:

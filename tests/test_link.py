@@ -1,0 +1,276 @@
+"""Client caches: exactly what a client has not got travels, and nothing is lost by it."""
+
+import json
+
+import pytest
+import torch
+import worlds
+
+from fedlm import payload
+from fedlm.link import NO_VERSION
+from fedlm.training import Turn
+from methods.fedavg import FedAvg
+
+CACHES = ("none", "pretrained", "last_visit")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Leave out the memory probe, which takes most of a tiny turn and changes nothing that is sent."""
+    monkeypatch.setattr(Turn, "probe", lambda self, segment: None)
+
+
+class Diary:
+    """Works out by itself what each client has, from what it saw happen, and what must be sent next.
+
+    A parameter's content is known by the event that made it: the server's n-th update of it, or 0 before.
+    """
+
+    def __init__(self, run, lossy=()):
+        self.run, self.lossy = run, lossy
+        self.event = dict.fromkeys(run.server.initial, 0)  # of the server's value
+        self.has = {}  # client: name: (event, exactly)
+        self.turns = 0
+        self.resent = 0
+        update, send = run.server.update, run.link.send
+
+        def noted(name, value):
+            update(name, value)
+            self.event[name] = self.event.get(name, 0) + 1
+
+        run.server.update = noted
+        run.link.send = lambda client, round: self.check(client, round, send)
+        merge = run._merge
+
+        def merged(cohort, round):
+            merge(cohort, round)
+            if len(cohort) == 1 and cohort[0] not in run.dropped:
+                names = run.method.trainable(cohort[0], round)
+                self.has[cohort[0]].update({name: (self.event[name], True) for name in names})
+
+        run._merge = merged
+
+    def check(self, client, round, send):
+        has = self.has.setdefault(client, dict.fromkeys(self.event, (0, True)))
+        trained = self.run.method.trainable(client, round)
+        wanted = set()
+        for name, event in self.event.items():
+            have, exactly = has[name]
+            if have != event or (name in trained and not exactly):
+                wanted.add(name)
+                self.resent += have == event
+                has[name] = (event, name in trained or name not in self.lossy)
+        message, depth = send(client, round)
+        assert set(payload.decode(message, self.run.server.initial)) == wanted
+        assert len(message) == self.run.ledger_size(wanted, trained)
+        self.turns += 1
+        return message, depth
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"order": "shifted"},
+        {"order": "random", "participation": 0.5},
+        {"order": "rotating", "dropout_rate": 0.4},
+        {"order": "rotating", "clients_per_block": 2, "dropout_rate": 0.2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("operator", [None, "prune", "quantize"])
+def test_last_visit_sends_exactly_what_changed_since(operator, options, place):
+    options = dict(options)
+    settings = {key: options.pop(key) for key in ("participation", "dropout_rate") if key in options}
+    compression = {"operator": operator} if operator else None
+    run = worlds.federation(
+        "fedcybgd",
+        place,
+        clients=5,
+        rounds=5,
+        cache="last_visit",
+        compression=compression,
+        federation=settings,
+        training={"local_steps": 1, "score_every": 9},
+        **options,
+    )
+    linear = run.link.linear if operator else {}
+    matrices = [name for name in run.server.initial if name in linear and "layer." in name]
+
+    def size(names, trained):
+        def form(name, value):
+            if name not in matrices or name in trained:
+                return value
+            if operator == "quantize":
+                return payload.Quantized(value)
+            mask = torch.zeros_like(value, dtype=torch.bool)
+            mask[:, ::2] = True  # half of each row
+            return payload.Pruned(value, mask)
+
+        return payload.size({name: form(name, run.server.initial[name]) for name in names})
+
+    run.ledger_size = size
+    diary = Diary(run, matrices)
+    run.run()
+    assert diary.turns == sum(len(row["clients"]) for row in run.rounds)
+    if settings.get("dropout_rate"):
+        assert any(row["dropped"] for row in run.rounds)
+    if operator and options.get("order") == "rotating":
+        assert diary.resent  # a lossy copy of what it must now train
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("fedcybgd", {"order": "shifted"}),
+        ("fedcybgd", {"order": "shifted", "moments": "handed_on"}),
+        ("fedcybgd", {"order": "rotating", "clients_per_block": 2}),
+        ("fedavg", {}),
+        ("fedlora", {}),
+        ("fedlora", {"variant": "fedsa"}),
+        ("fedlora", {"variant": "fedex"}),
+        ("fedlora", {"variant": "rolora"}),
+        ("local_only", {}),
+    ],
+    ids=str,
+)
+def test_caches_change_the_bytes_and_nothing_else(method, settings, place):
+    runs = []
+    for cache in CACHES:
+        run = worlds.federation(
+            method,
+            place,
+            cache=cache,
+            rounds=3,
+            federation={"dropout_rate": 0.2},
+            training={"local_steps": 2},
+            **settings,
+        )
+        run.run()
+        runs.append(run)
+    none, pretrained, last_visit = runs
+    results = {payload.encode(run.server.tensors) for run in runs}
+    assert len(results) == 1
+    assert [run.test for run in runs] == [none.test] * 3
+    assert [run.ledger.upload for run in runs] == [none.ledger.upload] * 3
+    assert last_visit.ledger.download <= pretrained.ledger.download <= none.ledger.download
+    if method == "fedcybgd":
+        assert last_visit.ledger.download < pretrained.ledger.download < none.ledger.download
+
+
+def test_pretrained_costs_nothing_for_what_never_changed(place):
+    run = worlds.federation("fedcybgd", place, cache="pretrained", rounds=1)
+    run.run()
+    down = [row[1] for row in run.rounds[0]["payloads"]]
+    layers = [run.method.anatomy.blocks[i].parameters for i in range(3)]
+    head = run.method.anatomy.head
+    expected = [
+        0,
+        payload.size({name: run.server.initial[name] for name in (*layers[0], *head)}),
+        payload.size({name: run.server.initial[name] for name in (*layers[0], *layers[1], *head)}),
+    ]
+    assert down == expected
+
+
+def test_an_update_that_the_server_changes_is_sent_back(place):
+    class Damped(FedAvg):
+        """Takes half of each change."""
+
+        title = "Damped"
+
+        def merge(self, server, uploads, round):
+            before = dict(server.tensors)
+            super().merge(server, uploads, round)
+            for name in before:
+                server.tensors[name] = (before[name] + server.tensors[name]) / 2
+
+    pooled = {"scheme": {"scheme": "pooled"}, "rounds": 3, "training": {"local_steps": 1}}
+    plain = worlds.federation("fedavg", place, cache="last_visit", **pooled)
+    damped = worlds.federation(Damped, place, cache="last_visit", **pooled)
+    plain.run(), damped.run()
+    assert [row["download_bytes"] for row in plain.rounds] == [0, 0, 0]
+    changed = [row["download_bytes"] for row in damped.rounds]
+    whole = payload.size(damped.server.initial)
+    assert changed[0] == 0 and all(0.9 * whole < size <= whole for size in changed[1:])
+
+
+def test_what_a_method_makes_for_one_turn_is_always_sent(place):
+    class Halved(FedAvg):
+        """Sends a value that is no version of the server's."""
+
+        title = "Halved"
+
+        def download(self, server, client, round):
+            made = {"classifier.weight": server.tensors["classifier.weight"] / 2} if round < 3 else {}
+            return {**server.tensors, **made}
+
+    for cache in ("pretrained", "last_visit"):
+        run = worlds.federation(
+            Halved, place, cache=cache, rounds=1, scheme={"scheme": "pooled"}, training={"local_steps": 1}
+        )
+        for round in (1, 2, 3):
+            message, _ = run.link.send(0, round)
+            sent = payload.decode(message, run.server.initial)
+            values = run.link.receive(0, message)
+            expected = run.server.initial["classifier.weight"] / (2 if round < 3 else 1)
+            assert torch.equal(values["classifier.weight"], expected)
+            # The client of the last visit has to be given the server's own value again.
+            assert len(sent) == (1 if round < 3 or cache == "last_visit" else 0)
+            if cache == "last_visit" and round < 3:
+                assert run.link.seen[0]["classifier.weight"] == (NO_VERSION, True)
+
+
+def test_a_stale_block_stays_as_the_client_last_had_it(place):
+    run = worlds.federation(
+        "fedcybgd", place, cache="last_visit", compression={"operator": "stale", "share": 0.0}
+    )
+    first = run.server.initial
+    for round, step in ((1, 1.0), (2, 2.0)):
+        for name in run.server.initial:
+            run.server.update(name, first[name] + step)
+        message, _ = run.link.send(0, round)
+        values = run.link.receive(0, message)
+        own = set(run.method.trainable(0, round))
+        assert set(payload.decode(message, first)) == own
+        for name, value in values.items():
+            assert torch.equal(value, run.server.tensors[name] if name in own else first[name])
+    run.link.config = run.method.config.model_copy(update={"compression": None})
+    run.link.receive(0, run.link.send(0, 3)[0])
+    for name in run.server.initial:
+        run.server.update(name, first[name] + 3)
+    run.link.config = run.method.config
+    values = run.link.receive(0, run.link.send(0, 4)[0])
+    for name, value in values.items():
+        assert torch.equal(value, first[name] + (3 if name in own else 2)), name
+
+
+def test_many_clients_cost_nothing_where_nothing_is_kept(place):
+    for cache in ("none", "pretrained"):
+        run = worlds.federation("fedcybgd", place, cache=cache, compression={"operator": "quantize"})
+        for client in range(1000):
+            message, _ = run.link.send(client, 1)
+            run.link.receive(client, message)
+        assert not run.link.seen and not run.link.copies
+        assert run.link.books() == {"seen": {}}
+
+
+def test_clients_of_the_last_visit_share_what_is_the_same(place):
+    run = worlds.federation("fedavg", place, cache="last_visit")
+    for name, value in run.server.initial.items():
+        run.server.update(name, value + 1)
+    for client in range(50):
+        run.link.receive(client, run.link.send(client, 1)[0])
+    kept = [value for values in run.link.copies.values() for value in values.values()]
+    assert len(kept) == 50 * len(run.server.initial)
+    assert {value.data_ptr() for value in kept} == {value.data_ptr() for value in run.server.tensors.values()}
+
+
+def test_the_books_survive_json(place):
+    run = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
+    run.run()
+    books = json.loads(json.dumps(run.link.books()))
+    fresh = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
+    fresh.link.restore(books)
+    assert fresh.link.seen == run.link.seen and fresh.link.seen[0]
+    exact = {exactly for seen in run.link.seen.values() for _, exactly in seen.values()}
+    assert exact == {True, False}
