@@ -25,7 +25,7 @@ TEST_CLUSTER = (
     "--seconds-between-status-checks=2",
     "--latency-wait=15",
 )
-ROUNDS = 400
+ROUNDS = 300
 
 pytestmark = pytest.mark.slurm
 
@@ -205,6 +205,6 @@ def disturb(cluster: Cluster, place: Path, study: Path, settings: dict) -> None:
     for method, round in reached.items():
         log = (place / f"results/tiny/logs/train/films/iid/{method}/seed1.log").read_text()
         resumed = re.search(r"resumed after round (\d+)/|(was finished before)", log)
-        assert resumed[2] or int(resumed[1]) > round
+        assert resumed[2] or int(resumed[1]) >= round
     status, said = Controller.on_slurm(place, study).finish()
     assert (status, "Nothing to be done" in said) == (0, True)
