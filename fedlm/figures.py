@@ -26,7 +26,7 @@ from tueplots import figsizes, fontsizes
 from fedlm import results
 from fedlm.files import write_atomically
 from fedlm.partition import PartitionFile
-from fedlm.results import CONTROLS, Scene
+from fedlm.results import Scene
 
 NAMES = (
     "score_over_rounds",
@@ -177,7 +177,7 @@ def make(
     destination: Path,
     expected: Sequence[tuple[str, str, str, int]] = (),
     *,
-    controls: Collection[str] = CONTROLS,
+    controls: Collection[str] | None = None,
 ) -> list[Path]:
     """Draw all figures of a study as pdf and png; return their paths.
 
@@ -187,7 +187,8 @@ def make(
         titles: display title of each method label, in the order of the legend.
         destination: folder for the files; their names are those of `names`.
         expected: the study's runs (task, partition, method, seed), in its order; empty takes what there is.
-        controls: names of methods that are no competitors (the front of a trade-off leaves them out).
+        controls: names of methods that are no competitors (the front of a trade-off leaves them out); None
+            asks the method files.
 
     Raises:
         UserError: a file cannot be read.
@@ -710,7 +711,9 @@ def _memory_by_block(scene, look, tasks) -> Figure:
 
 
 def _block_order(block: str) -> tuple:
-    return (0, int(block), "") if block.isdigit() else (1, 0, block)
+    """Order blocks by number; a turn of several blocks ("0+1") stands with its first."""
+    first = block.partition("+")[0]
+    return (0, int(first), block) if first.isdigit() else (1, 0, block)
 
 
 def _partitions(files: Sequence[PartitionFile], tasks, partitions) -> Figure:

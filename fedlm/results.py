@@ -21,8 +21,6 @@ RECORD_VERSION = 1
 # Rows of rounds that are held before they are compressed: bounds the memory, whatever the number of records.
 ROWS_IN_MEMORY = 50_000
 
-# Methods that bound or explain the others. They are shown and marked, and cannot be the best.
-CONTROLS = ("centralized", "local_only", "head_only", "majority")
 LONGEST_NOTE = 20  # lines of missing runs in a note; all of them are in missing.csv
 
 KEYS = ["study", "task", "partition", "method", "seed"]
@@ -132,7 +130,7 @@ class _Record(_Part):
     download_bytes: int
     broadcast_bytes: int
     flops: int
-    memory: _Memory
+    memory: _Memory | None
     memory_by_block: dict[str, _Memory] = {}
     resident_set_bytes: int | None = None
     cuda_peak_bytes: int | None = None
@@ -281,7 +279,7 @@ def _run_row(record: _Record) -> dict[str, Any]:
         "batch_size": record.config.training.batch_size,
         "learning_rate": record.config.training.learning_rate,
         "flops": float(record.flops),
-        **record.memory.model_dump(),
+        **(record.memory.model_dump() if record.memory else dict.fromkeys(MEMORY_COLUMNS)),
         "memory_by_block": [{"block": name, **memory.model_dump()} for name, memory in blocks],
         "label_divergence": record.partition_skew.get("label_divergence"),
         "size_gini": record.partition_skew.get("size_gini"),
@@ -381,9 +379,17 @@ class Scene(NamedTuple):
         runs: pandas.DataFrame,
         expected: Sequence[tuple[str, str, str, int]] = (),
         titles: dict[str, str] | None = None,
-        controls: Collection[str] = CONTROLS,
+        controls: Collection[str] | None = None,
     ) -> "Scene":
-        """Order the runs as the study lists them; runs that it does not list are left out."""
+        """Order the runs as the study lists them; runs that it does not list are left out.
+
+        `controls` names the methods that bound or explain the others: they are shown and marked, and cannot
+        be the best. None asks the method files.
+        """
+        if controls is None:
+            from fedlm.method import discover
+
+            controls = [name for name, method in discover().items() if method.control]
         titles = dict(titles or {})
         expected = [Expected(*run) for run in expected]
         every = len(runs)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from fedlm import results
 from fedlm.errors import UserError
 from fedlm.files import write_atomically
-from fedlm.results import CONTROLS, Scene
+from fedlm.results import Scene
 from fedlm.settings import Settings
 from fedlm.statistics import adjust, compare, interquartile_mean
 from fedlm.typeset import Table, latex, markdown, significant, spread
@@ -38,7 +38,7 @@ def make(
     titles: dict[str, str],
     destination: Path,
     *,
-    controls: Collection[str] = CONTROLS,
+    controls: Collection[str] | None = None,
     against: str | None = None,
     reference_path: Path = REFERENCE,
 ) -> list[Path]:
@@ -49,7 +49,7 @@ def make(
         expected: the study's runs (task, partition, method, seed), in its order; empty takes what there is.
         titles: display title of each method label, in the order of the rows.
         destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `NAMES`.
-        controls: names of methods that are no competitors.
+        controls: names of methods that are no competitors; None asks the method files.
         against: label of the method that the others are compared with in pairs; by default that of FedAvg.
         reference_path: published numbers.
 
@@ -571,12 +571,16 @@ def reference_table(scene: Scene, path: Path = REFERENCE) -> Table:
 
 
 def terminal(
-    runs: pandas.DataFrame,
+    runs: pandas.DataFrame | Path,
     expected: Sequence[tuple[str, str, str, int]] = (),
     titles: dict[str, str] | None = None,
-    controls: Collection[str] = CONTROLS,
+    controls: Collection[str] | None = None,
 ) -> str:
-    """Return the main table for a terminal of 120 columns: a block for each task and partition."""
+    """Return the main table for a terminal of 120 columns: a block for each task and partition.
+
+    `runs` is `runs.parquet` or what `results.load_runs` made of it; the rest is as in `make`.
+    """
+    runs = runs if isinstance(runs, pandas.DataFrame) else results.load_runs(runs)
     scene = Scene.make(runs, expected, titles, controls)
     numbers, cells, best = _cost_table(scene, [PEAK, UP, DOWN, COMPUTE], score=True)
     blocks = []

@@ -110,6 +110,7 @@ def synthetic_record(
                 },
                 "clients": list(range(clients)),
                 "dropped": [],
+                "payloads": [[client, int(down * 1e6), int(up * 1e6)] for client in range(clients)],
             }
         )
     test, test_score = scores(1 - numpy.exp(-speed * rounds))

@@ -74,6 +74,11 @@ def test_memory_by_block_keeps_the_order_of_the_blocks(tmp_path):
     assert [entry["block"] for entry in runs["memory_by_block"].iloc[0]] == ["0", "1", "2", "10"]
 
 
+def test_a_run_without_any_turn_has_no_memory(tmp_path):
+    runs, _ = collect(tmp_path, [write(tmp_path / "a.json", synthetic_record() | {"memory": None})])
+    assert runs[results.MEMORY_COLUMNS].isna().all(axis=None)
+
+
 def test_rounds_without_a_score_stay_without_one(tmp_path):
     record = synthetic_record(rounds=4)
     for entry in record["rounds"][::2]:
@@ -114,7 +119,7 @@ def test_a_cut_off_record_is_named(tmp_path, end):
         ({"test_score": float("nan")}, "test_score"),
         ({"rounds": []}, "rounds"),
         ({"seed": "one"}, "seed"),
-        ({"memory": None}, "memory"),
+        ({"memory": {}}, "memory"),
     ],
 )
 def test_a_foreign_or_incomplete_record_is_named(tmp_path, change, words):

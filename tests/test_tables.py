@@ -297,6 +297,7 @@ def test_terminal_table_fits_into_120_columns(tmp_path):
     long = {label: f"A rather long title of the method {label}" for label in TITLES}
     for titles in (TITLES, long, None):
         text = tables.terminal(runs, expected, titles)
+        assert text == tables.terminal(tmp_path / "runs.parquet", expected, titles)
         assert max(map(len, text.splitlines())) <= 120
         assert text.count("bbc_news (accuracy, %)") == 3
         assert "93.9 ± 1.2 *" in text
