@@ -488,7 +488,10 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
             if some.empty:
                 axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", color="#777777")
                 continue
-            for method in scene.methods:
+            # Equal scores of several methods stand beside each other.
+            positions = some.groupby("partition")[skew].mean()
+            beside = 0.03 * float(numpy.ptp(positions)) / len(scene.methods)
+            for place, method in enumerate(scene.methods):
                 own = some[some["method"] == method]
                 if own.empty:
                     continue
@@ -499,7 +502,7 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
                 points = points.sort_values("x", kind="stable").fillna({"deviation": 0.0})
                 style = look[method]
                 axes.errorbar(
-                    points["x"],
+                    points["x"] + (place - len(scene.methods) / 2) * beside,
                     points["score"] * factor,
                     points["deviation"] * factor,
                     color=style.colour,
@@ -510,7 +513,7 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
                     capsize=2,
                 )
             axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-            _name_positions(axes, some.groupby("partition")[skew].mean())
+            _name_positions(axes, positions)
     _method_legend(figure, scene, look, methods)
     return figure
 

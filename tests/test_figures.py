@@ -188,8 +188,8 @@ def test_partitions_of_any_size_are_drawn(clients, labels):
     assert axes.get_xlabel() == ("client" if clients <= figures.MANY_CLIENTS else "client, by size")
 
 
-def test_texts_of_a_figure_do_not_overlap(drawn):
-    """Titles, axis labels and legend entries of one figure have places of their own."""
+def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
+    """All points are within the axes; titles, axis labels and legends have places of their own."""
     folder, arguments, expected, _ = drawn
     import matplotlib
 
@@ -202,12 +202,19 @@ def test_texts_of_a_figure_do_not_overlap(drawn):
         drawings = {
             "rounds": figures._over_rounds(scene, rounds, look, scene.tasks, scene.partitions),
             "bytes": figures._over_bytes(scene, rounds, look, scene.tasks, scene.partitions),
+            "trade-off": figures._trade_off(scene, look, [(task, "dirichlet_0.1") for task in scene.tasks]),
             "heterogeneity": figures._over_heterogeneity(scene, look, scene.tasks),
             "memory": figures._memory(scene, scene.tasks),
             "blocks": figures._memory_by_block(scene, look, scene.tasks),
         }
         for name, figure in drawings.items():
             figure.draw_without_rendering()
+            assert any(axes.lines or axes.patches for axes in figure.axes), name
+            for axes in figure.axes:
+                for line in axes.lines:
+                    x, y = line.get_transform().transform(numpy.column_stack(line.get_data()).astype(float)).T
+                    assert numpy.all((axes.bbox.x0 - 1 <= x) & (x <= axes.bbox.x1 + 1)), name
+                    assert numpy.all((axes.bbox.y0 - 1 <= y) & (y <= axes.bbox.y1 + 1)), name
             boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
             boxes += [axes.xaxis.label.get_window_extent() for axes in figure.axes if axes.get_xlabel()]
             boxes += [axes.yaxis.label.get_window_extent() for axes in figure.axes if axes.get_ylabel()]
