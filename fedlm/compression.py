@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 
 class LayerDrop(Settings):
-    """A random share of the layers does not travel, and the client's copy runs without them."""
+    """A random share of the layers does not travel, and the client's copy runs without them in this turn.
+
+    Drawn anew in each turn from (seed, "layer_drop", round, client).
+    """
 
     operator: Literal["layer_drop"]
-    rate: float = Field(0.5, gt=0, lt=1, description="share of the layers not trained here that are dropped")
+    rate: float = Field(
+        0.5, gt=0, lt=1, description="share of the layers not trained in this turn that are dropped"
+    )
 
     def dropped(self, anatomy: Anatomy, free: list[Block], seed: int, round: int, client: int) -> list[int]:
         """Return the numbers of the layers, from 0 at the input, that the client's copy lacks in this turn.
@@ -40,10 +45,12 @@ class LayerDrop(Settings):
 
 
 class Prune(Settings):
-    """The matrices travel as a mask and the values that were kept."""
+    """The weights of linear layers travel as a mask and the values that were kept (see fedlm.pruning)."""
 
     operator: Literal["prune"]
-    sparsity: float = Field(0.5, gt=0, lt=1, description="share of each output row's weights set to zero")
+    sparsity: float = Field(
+        0.5, gt=0, lt=1, description="share of each output row's weights that is set to zero"
+    )
     criterion: Literal["magnitude", "wanda", "dsnot"] = "magnitude"
     calibration_examples: int = Field(
         32, ge=1, le=4096, description="validation examples that the criterion sees (wanda, dsnot)"
@@ -51,13 +58,19 @@ class Prune(Settings):
 
 
 class Quantize(Settings):
-    """The matrices travel as one signed byte a weight and one scale per output channel."""
+    """The weights of linear layers travel as one signed byte each and one scale per output channel."""
 
     operator: Literal["quantize"]
 
 
 class Stale(Settings):
-    """Of the blocks updated so far a random share is sent; the client keeps the pretrained ones otherwise."""
+    """Of the blocks updated so far a random share is sent; the others stay as the client has them.
+
+    That is as they were pretrained, or, with cache: last_visit, as it last had them. Blocks never updated
+    cost nothing under any cache, since a client that is left with pretrained blocks must have them. Drawn
+    anew in each turn from (seed, "stale", round, client). FedCyBGD's own operator, which there may hit the
+    block that is to be trained.
+    """
 
     operator: Literal["stale"]
     share: float = Field(0.5, ge=0, le=1, description="share of the updated blocks that is sent")

@@ -218,8 +218,9 @@ def books(run) -> tuple:
     return rounds, run.test, run.flops, run.instruments.memory, payload.encode(run.server.tensors)
 
 
-@pytest.mark.parametrize("cache", ["none", "last_visit"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("operator", "cache"), [*((operator, "last_visit") for operator in OPERATORS), ("wanda", "none")]
+)
 def test_a_resumed_run_gives_the_same_bytes(operator, cache, place, tmp_path, request):
     if operator != "layer_drop":  # in which each turn is another model to measure
         request.getfixturevalue("quick")
