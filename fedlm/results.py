@@ -31,7 +31,7 @@ MEMORY_COLUMNS = [
     "optimizer_bytes",
     "activation_bytes",
 ]
-SECONDS = ["download", "train", "upload", "merge", "score"]
+SECONDS = ["download", "train", "probe", "upload", "merge", "score"]
 
 
 class Expected(NamedTuple):
@@ -94,6 +94,7 @@ class _Provenance(_Part):
     model_sha256: str
     payload_sha256: str | None = None
     code_sha256: str | None = None
+    config_sha256: str | None = None
 
 
 class _Round(_Part):
@@ -141,6 +142,7 @@ class _Record(_Part):
     extra: dict[str, Any] = {}
 
 
+_HASHED = ("data", "partition", "model", "payload", "code", "config")
 _TEXT, _INTEGER, _NUMBER, _YES_NO = pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.bool_()
 # FLOPs are floating point numbers: a long run of a large model has more of them than an int64 can count.
 _RUN_SCHEMA = {
@@ -159,7 +161,7 @@ _RUN_SCHEMA = {
     ),
     "commit": _TEXT,
     "dirty": _YES_NO,
-    **dict.fromkeys([f"{part}_sha256" for part in ("data", "partition", "model", "payload", "code")], _TEXT),
+    **dict.fromkeys([f"{part}_sha256" for part in _HASHED], _TEXT),
 }
 _ROUND_SCHEMA = pyarrow.schema(
     {

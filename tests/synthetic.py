@@ -104,6 +104,7 @@ def synthetic_record(
                 "seconds": {
                     "download": 0.1,
                     "train": float(2 + stream.random()),
+                    "probe": 0.5,
                     "upload": 0.1,
                     "merge": 0.05,
                     "score": 0.8,
@@ -172,6 +173,7 @@ def synthetic_record(
             "model_sha256": "model",
             "payload_sha256": "payload",
             "code_sha256": "code",
+            "config_sha256": "config",
         },
         "extra": {},
     }
