@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.flop_counter import FlopCounterMode
 
+from fedlm.flops import flop_counter
 from fedlm.memory import Memory, measure_step
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Instruments:
         key = (hash(tuple(segment.trainable)), self.dropped, *shapes)
         if key in self._flops:
             return work(), self._flops[key]
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             result = work()
         self._flops[key] = counter.get_total_flops()
         return result, self._flops[key]
