@@ -110,20 +110,19 @@ def states(cluster: Cluster, method: str) -> list[str]:
 
 
 def test_study_on_slurm(cluster, tmp_path):
-    """What a job asks for is predicted; it is seen in squeue; a failing job fails its run only."""
+    """A job asks for what study and prediction say, as squeue shows; a failing job fails its run only."""
     diverging = {"optimizer": "sgd", "learning_rate": 100.0, "weight_decay": 10.0, "local_epochs": 10}
     study = tiny_study.write(
         tmp_path / "own",
         "tiny",
         methods={"fedavg": None, "diverging": {"method": "fedavg", "training": diverging}},
-        pipeline={"memory_mb": 2600, "minutes": 7, "threads": 1},
+        pipeline={"minutes": 7, "threads": 2, "gpus": 1},
     )
     place = tmp_path / "slurm"
     controller = Controller.on_slurm(place, study, "--retries=0")
     try:
         wait_for("a job in squeue", lambda: cluster.jobs(), 120)
-        number = next(iter(cluster.jobs()))
-        asked = run("squeue", "--states=all", "--noheader", f"--jobs={number}", "--format=%l %C %m").split()
+        asked = run("squeue", "--states=all", "--noheader", "--format=%l %C %m %b").splitlines()
         status, said = controller.finish()
     finally:
         controller.stop()
@@ -133,10 +132,10 @@ def test_study_on_slurm(cluster, tmp_path):
         "diverging_1",
     }
     assert sorted(state for state, _ in cluster.jobs().values()) == ["COMPLETED", "FAILED"]
-    # Minutes and cores as the study says, memory as predicted.
     predicted = json.loads((place / "results/tiny/costs/predictions.json").read_text())["films/fedavg"]
-    memory = 2000 + (predicted["peak_memory_bytes"] + 3 * predicted["parameter_bytes"]) // 10**6
-    assert asked == ["7:00", "1", f"{memory}M"]
+    exchanged = predicted.get("exchanged_bytes", predicted["parameter_bytes"])
+    memory = 2000 + (predicted["parameter_bytes"] + 5 * exchanged) // 10**6
+    assert set(asked) == {f"7:00 2 {memory}M gres/gpu:1"}
     assert list(records(place)) == ["fedavg"]
     missing_runs = (place / "results/tiny/tables/missing.csv").read_text().split()
     assert missing_runs == ["task,partition,method,seed", "films,iid,diverging,1"]
@@ -152,7 +151,8 @@ def test_whatever_happens_to_a_job_the_result_is_the_same(cluster, tmp_path):
     place = tmp_path / "slurm"
     predictions = place / "results/tiny/costs/predictions.json"
     predictions.parent.mkdir(parents=True)
-    predictions.write_text("{}\n")  # What is predicted is tested above.
+    long = {"peak_memory_bytes": 300_000_000, "parameter_bytes": 90_000_000, "exchanged_bytes": 50_000_000}
+    predictions.write_text(json.dumps({"films/long": long}))
 
     # Meanwhile the same study on this machine alone, undisturbed.
     local = Controller(tmp_path / "local", study, "--cores=2")
@@ -179,6 +179,8 @@ def disturb(cluster: Cluster, place: Path, study: Path, settings: dict) -> None:
     controller = Controller.on_slurm(place, study, "--retries=0")
     try:
         more_rounds("fedcybgd")
+        asked = run("squeue", "--noheader", "--format=%m %k").splitlines()
+        assert {line.split()[0]: "_long_" in line for line in asked} == {"2550M": True, "3000M": False}
         run("scancel", job_of(cluster, "fedcybgd"))
         wait_for("the time limit", lambda: states(cluster, "long") == ["TIMEOUT"], 180)
     finally:
