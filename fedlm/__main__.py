@@ -185,6 +185,7 @@ def figures(
         partitions,
         titles,
         destination / study.study,
+        [tuple(one) for one in study.runs()],
     )
 
 
