@@ -57,7 +57,12 @@ rule tables:
         study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
         depends_on=sources(
-            "fedlm/tables.py", "fedlm/statistics.py", "config/reference.yaml"
+            "fedlm/tables.py",
+            "fedlm/results.py",
+            "fedlm/statistics.py",
+            "fedlm/typeset.py",
+            "methods/*.py",
+            "config/reference.yaml",
         ),
     message:
         "Making the tables"
@@ -86,7 +91,13 @@ rule figures:
     params:
         study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
-        depends_on=sources("fedlm/figures.py", "fedlm/results.py"),
+        depends_on=sources(
+            "fedlm/figures.py",
+            "fedlm/partition.py",
+            "fedlm/results.py",
+            "fedlm/typeset.py",
+            "methods/*.py",
+        ),
     message:
         "Drawing the figures"
     shell:
