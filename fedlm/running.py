@@ -52,9 +52,45 @@ def prepare(study: Study, task: str, folders: Folders):
     if task not in study.tasks:
         raise UserError(f"task: {task!r} is not in the study; allowed: {', '.join(study.tasks)}")
     entry = study.tasks[task]
-    return prepare(
+    origin = folders.task(task) / "origin.json"
+    origin.unlink(missing_ok=True)
+    made = prepare(
         discover_tasks()[entry.task](entry.settings), entry.model or study.model, folders.task(task)
     )
+    write_atomically(origin, _origin(study, task).encode())
+    return made
+
+
+def _origin(study: Study, task: str) -> str:
+    """Return what a prepared task depends on: its settings, the model's tokenizer, the reader's own files."""
+    entry = study.tasks[task]
+    files = discover_tasks()[entry.task](entry.settings).files()
+    return json.dumps(
+        {
+            "task": entry.task,
+            "settings": entry.settings.model_dump(mode="json"),
+            "model": (entry.model or study.model).model_dump(mode="json"),
+            "files": {str(path): sha256(Path(path)) for path in files if Path(path).is_file()},
+        },
+        sort_keys=True,
+    )
+
+
+def _is_prepared(study: Study, task: str, folders: Folders) -> bool:
+    """Return whether the prepared task is there and was made from what the study asks for now."""
+    origin = folders.task(task) / "origin.json"
+    return origin.exists() and origin.read_text() == _origin(study, task)
+
+
+def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
+    """Return whether the partition is there and was drawn from these data as the study asks for now."""
+    path = folders.partition(run.task, run.partition, run.seed)
+    if not path.exists():
+        return False
+    found = PartitionFile.read(path)
+    data = json.loads((folders.task(run.task) / "task.json").read_text())["sha256"]
+    clients = 1 if config.partition.scheme == "pooled" else config.federation.clients
+    return (found.data_sha256, found.config, found.clients) == (data, config.partition, clients)
 
 
 def partition(study: Study, task: str, label: str, seed: int, folders: Folders):
@@ -89,15 +125,15 @@ def execute(
     """Make one run and write its record to `output`.
 
     A finished run with the same fingerprint is not made again: its record is kept beside the checkpoints and
-    put back. Prepared data and the partition are made where they are missing.
+    put back. Prepared data and the partition are made anew where they are missing or of other origin.
 
     Raises UserError for bad input and FailedRun for a run that did not end well.
     """
     config = study.run(*run)
     kept = folders.checkpoints(run) / "record.json"
-    if not (folders.task(run.task) / "task.json").exists():
+    if not _is_prepared(study, run.task, folders):
         prepare(study, run.task, folders)
-    if not folders.partition(run.task, run.partition, run.seed).exists():
+    if not _is_divided(config, run, folders):
         partition(study, run.task, run.partition, run.seed, folders)
     hashes = _hashes(config, run, folders)
     print_line = _prefixed(progress, run)
