@@ -122,7 +122,8 @@ def test_study_on_slurm(cluster, tmp_path):
     controller = Controller.on_slurm(place, study, "--retries=0")
     try:
         wait_for("a job in squeue", lambda: cluster.jobs(), 120)
-        asked = run("squeue", "--states=all", "--noheader", "--format=%l %C %m %b").splitlines()
+        columns = "timelimit:|,numcpus:|,minmemory:|,tres-per-job:|"
+        asked = run("squeue", "--states=all", "--noheader", f"--Format={columns}").splitlines()
         status, said = controller.finish()
     finally:
         controller.stop()
@@ -135,7 +136,7 @@ def test_study_on_slurm(cluster, tmp_path):
     predicted = json.loads((place / "results/tiny/costs/predictions.json").read_text())["films/fedavg"]
     exchanged = predicted.get("exchanged_bytes", predicted["parameter_bytes"])
     memory = 2000 + (predicted["parameter_bytes"] + 5 * exchanged) // 10**6
-    assert set(asked) == {f"7:00 2 {memory}M gres/gpu:1"}
+    assert set(asked) == {f"7:00|2|{memory}M|gres:gpu:1|"}
     assert list(records(place)) == ["fedavg"]
     missing_runs = (place / "results/tiny/tables/missing.csv").read_text().split()
     assert missing_runs == ["task,partition,method,seed", "films,iid,diverging,1"]
