@@ -1,8 +1,12 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and folders that one process at a time may use."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,6 +35,34 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # writing to an open file does not say which one
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a killed `write_atomically` left; nobody else may write here now."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`; where another process holds it, call `waits` once and wait for its end.
+
+    The system takes the lock from a process that dies, so that nothing has to be cleaned up. On a file
+    system without locks nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield

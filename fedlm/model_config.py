@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -44,3 +45,15 @@ class ModelConfig(Settings):
         import torch
 
         return getattr(torch, self.weights)
+
+    def files(self) -> list[Path]:
+        """Return the files of a local folder whose change makes it another model; none of a hub id."""
+        try:
+            found = Path(self.source).expanduser()
+            if found.suffix == ".json" and found.is_file():
+                return [found]
+            return sorted(
+                path for ending in ("json", "safetensors", "txt") for path in found.glob(f"*.{ending}")
+            )
+        except (OSError, RuntimeError, ValueError):
+            return []

@@ -17,11 +17,23 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 @cache
 def code_hash(method: str, task: str) -> str:
     """Return the SHA-256 of the source that a record of this method and this kind of task depends on."""
+    paths = [path for path in (ROOT / "fedlm").glob("*.py") if path.stem not in NOT_IN_RECORDS]
+    return _hash_of([*paths, ROOT / "methods" / f"{method}.py", _task_file(task)])
+
+
+@cache
+def data_code_hash(task: str) -> str:
+    """Return the SHA-256 of the source that a prepared task depends on."""
+    return _hash_of([*(ROOT / "fedlm" / f"{name}.py" for name in ("data", "task", "hub")), _task_file(task)])
+
+
+def _task_file(task: str) -> Path:
     from fedlm.task import discover
 
-    paths = [path for path in (ROOT / "fedlm").glob("*.py") if path.stem not in NOT_IN_RECORDS]
-    paths.append(ROOT / "methods" / f"{method}.py")
-    paths.append(ROOT / "tasks" / f"{discover()[task].__module__.rpartition('.')[2]}.py")
+    return ROOT / "tasks" / f"{discover()[task].__module__.rpartition('.')[2]}.py"
+
+
+def _hash_of(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())

@@ -4,13 +4,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from fedlm import provenance
 from fedlm.config import Run, RunConfig, Study
 from fedlm.errors import UserError
-from fedlm.files import sha256, write_atomically
+from fedlm.files import locked, sha256, write_atomically
 from fedlm.partition import PartitionFile
 from fedlm.task import discover as discover_tasks
 
@@ -62,32 +62,47 @@ def prepare(study: Study, task: str, folders: Folders):
 
 
 def _origin(study: Study, task: str) -> str:
-    """Return what a prepared task depends on: its settings, the model's tokenizer, the reader's own files."""
+    """Return what a prepared task depends on: its settings, the model, the reader's own files of both."""
     entry = study.tasks[task]
-    files = discover_tasks()[entry.task](entry.settings).files()
+    model = entry.model or study.model
+    files = [*discover_tasks()[entry.task](entry.settings).files(), *model.files()]
     return json.dumps(
         {
             "task": entry.task,
             "settings": entry.settings.model_dump(mode="json"),
-            "model": (entry.model or study.model).model_dump(mode="json"),
-            "files": {str(path): sha256(Path(path)) for path in files if Path(path).is_file()},
+            "model": model.model_dump(mode="json"),
+            "files": {str(path): _file_hash(path, *_stamp(path)) for path in files if path.is_file()},
+            "code": provenance.data_code_hash(entry.task),
         },
         sort_keys=True,
     )
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_mtime_ns, path.stat().st_size
+
+
+@cache
+def _file_hash(path: Path, changed: int, size: int) -> str:
+    """Return a file's SHA-256, read again when its time or size has changed: weights may be gigabytes."""
+    return sha256(path)
+
+
 def _is_prepared(study: Study, task: str, folders: Folders) -> bool:
     """Return whether the prepared task is there and was made from what the study asks for now."""
-    origin = folders.task(task) / "origin.json"
-    return origin.exists() and origin.read_text() == _origin(study, task)
+    folder = folders.task(task)
+    if not all((folder / name).exists() for name in ("origin.json", "task.json", "examples.parquet")):
+        return False
+    return (folder / "origin.json").read_text(errors="replace") == _origin(study, task)
 
 
 def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
     """Return whether the partition is there and was drawn from these data as the study asks for now."""
     path = folders.partition(run.task, run.partition, run.seed)
-    if not path.exists():
+    try:
+        found = PartitionFile.read(path)
+    except UserError:  # absent, damaged, of another version: drawn again
         return False
-    found = PartitionFile.read(path)
     data = json.loads((folders.task(run.task) / "task.json").read_text())["sha256"]
     clients = 1 if config.partition.scheme == "pooled" else config.federation.clients
     return (found.data_sha256, found.config, found.clients) == (data, config.partition, clients)
@@ -125,27 +140,29 @@ def execute(
     """Make one run and write its record to `output`.
 
     A finished run with the same fingerprint is not made again: its record is kept beside the checkpoints and
-    put back. Prepared data and the partition are made anew where they are missing or of other origin.
+    put back. Prepared data and the partition are made anew where they are missing or of other origin. Where
+    another process makes this run, its end is waited for.
 
     Raises UserError for bad input and FailedRun for a run that did not end well.
     """
-    config = study.run(*run)
-    kept = folders.checkpoints(run) / "record.json"
-    if not _is_prepared(study, run.task, folders):
-        prepare(study, run.task, folders)
-    if not _is_divided(config, run, folders):
-        partition(study, run.task, run.partition, run.seed, folders)
-    hashes = _hashes(config, run, folders)
-    print_line = _prefixed(progress, run)
-    if _is_finished(kept, hashes):
-        print_line("was finished before; its record is put back")
-        _copy(kept, output)
-        return
-    record = _train(config, run, hashes, folders, print_line)
-    from fedlm.record import write
+    from fedlm.checkpoint import remove_checkpoints
 
-    write(kept, record)
-    write(output, record)
+    config = study.run(*run)
+    kept, print_line = folders.checkpoints(run) / "record.json", _prefixed(progress, run)
+    with locked(kept.with_name("lock"), lambda: print_line("another process makes it; waiting for its end")):
+        with locked(folders.task(run.task) / "lock", lambda: print_line("waiting for its data")):
+            if not _is_prepared(study, run.task, folders):
+                prepare(study, run.task, folders)
+            if not _is_divided(config, run, folders):
+                partition(study, run.task, run.partition, run.seed, folders)
+        hashes = _hashes(study, run, folders)
+        if _is_finished(kept, hashes):
+            print_line("was finished before; its record is put back")
+        else:
+            _train(config, run, hashes, folders, kept, print_line)
+        # Not before the record is safe: killed in between, the run would begin anew.
+        remove_checkpoints(kept.parent)
+        _copy(kept, output)
 
 
 def restore(study: Study, folders: Folders) -> list[Run]:
@@ -155,7 +172,7 @@ def restore(study: Study, folders: Folders) -> list[Run]:
         record, kept = folders.record(run), folders.checkpoints(run) / "record.json"
         if record.exists():
             continue
-        if kept.exists() and _matches(kept, study.run(*run)):
+        if kept.exists() and _is_current(kept, study, run, folders):
             _copy(kept, record)
         else:
             missing.append(run)
@@ -166,31 +183,32 @@ def _prefixed(progress: Callable[[str], None], run: Run) -> Callable[[str], None
     return lambda line: progress(f"{run.path}: {line}")
 
 
-def _hashes(config: RunConfig, run: Run, folders: Folders) -> dict[str, str]:
-    """Return the hashes of code, data and partition that the run depends on."""
+def _hashes(study: Study, run: Run, folders: Folders) -> dict[str, str]:
+    """Return the hashes of settings, code, data, partition and the reader's files that a run depends on."""
+    config = study.run(*run)
     prepared = json.loads((folders.task(run.task) / "task.json").read_text())
     return {
         "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
         "code_sha256": provenance.code_hash(config.method, config.task),
+        "origin_sha256": sha256(_origin(study, run.task).encode()),
         "data_sha256": prepared["sha256"],
         "partition_sha256": sha256(folders.partition(run.task, run.partition, run.seed)),
     }
 
 
 def _is_finished(kept: Path, hashes: dict[str, str]) -> bool:
-    try:
-        found = json.loads(kept.read_text())["provenance"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return all(found.get(name) == value for name, value in hashes.items())
-
-
-def _matches(kept: Path, config: RunConfig) -> bool:
+    """Return whether a whole record is kept of a run that depended on exactly this."""
     try:
         found = json.loads(kept.read_text())
-        code = provenance.code_hash(config.method, config.task)
-        return found["config"] == config.resolved() and found["provenance"]["code_sha256"] == code
-    except (OSError, ValueError, KeyError, TypeError):
+        return found["status"] == "finished" and hashes.items() <= found["provenance"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _is_current(kept: Path, study: Study, run: Run, folders: Folders) -> bool:
+    try:
+        return _is_finished(kept, _hashes(study, run, folders))
+    except (OSError, ValueError, KeyError):
         return False
 
 
@@ -199,21 +217,28 @@ def _copy(source: Path, destination: Path) -> None:
 
 
 def _train(
-    config: RunConfig, run: Run, hashes: dict[str, str], folders: Folders, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Load data, partition and model, run the federation, return the record."""
+    config: RunConfig,
+    run: Run,
+    hashes: dict[str, str],
+    folders: Folders,
+    output: Path,
+    progress: Callable[[str], None],
+) -> None:
+    """Load data, partition and model, run the federation, write the record."""
     from fedlm import models, record
     from fedlm.checkpoint import Checkpoints
     from fedlm.data import Prepared
-    from fedlm.federation import Federation
+    from fedlm.federation import FailedRun, Federation
     from fedlm.method import discover
 
     started = time.perf_counter()
     data = Prepared.load(folders.task(run.task))
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
+    if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:
+        raise FailedRun(f"{run.path}: the data of {run.task} were made again meanwhile; run again")
     model = models.load(config.model, data.kind, data.num_labels, run.seed)
-    hashes = {**hashes, "model_sha256": models.fingerprint(model)}
     method = discover()[config.method](config.method_settings, len(divided.parts), run.seed)
+    hashes = {**hashes, "model_sha256": models.fingerprint(model)}
     federation = Federation(
         method,
         model,
@@ -227,9 +252,6 @@ def _train(
         progress,
     )
     fingerprint = sha256(json.dumps([config.resolved(), list(run), hashes], sort_keys=True).encode())
-    checkpoints = Checkpoints(folders.checkpoints(run), fingerprint, progress)
-    federation.run(checkpoints)
+    federation.run(Checkpoints(folders.checkpoints(run), fingerprint, progress))
     wall = time.perf_counter() - started
-    finished = record.build(config, federation, hashes, divided.skew, wall)
-    checkpoints.clear()
-    return finished
+    record.write(output, record.build(config, federation, hashes, divided.skew, wall))

@@ -1,0 +1,86 @@
+"""Children of the test process: they do one thing and may be killed at any moment. PyTorch is imported once."""
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+LONGEST = 120  # seconds; a child that takes longer hangs
+
+
+class Ended(NamedTuple):
+    """How a child ended: its exit status (minus the signal that killed it), and what it said."""
+
+    status: int
+    said: str
+
+
+class Child:
+    """A forked process that runs `action` as the command line would, with its output in a file."""
+
+    def __init__(self, action: Callable[[], object], log: Path) -> None:
+        from fedlm.__main__ import _guarded
+
+        self.log = Path(log)
+        self.log.unlink(missing_ok=True)
+        self.started = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 70
+            try:
+                output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1), os.dup2(output, 2)
+                sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+                sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+                try:
+                    status = _guarded(action)
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+            finally:
+                os._exit(status)
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        """Send a signal, if the child is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal_number)
+
+    def end(self, kill_after: float | None = None) -> Ended:
+        """Wait for the end; kill the child so many seconds after its start, if it is not over by then."""
+        limit = LONGEST if kill_after is None else kill_after
+        while True:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                break
+            if time.monotonic() - self.started >= limit:
+                self.kill()
+                _, status = os.waitpid(self.pid, 0)
+                assert kill_after is not None, f"the child hung: {self.said()}"
+                break
+            time.sleep(0.002)
+        return Ended(os.waitstatus_to_exitcode(status), self.said())
+
+    def said(self) -> str:
+        """Return what the child wrote so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def run(action: Callable[[], object], log: Path) -> Ended:
+    """Run `action` in a child and wait for its end."""
+    return Child(action, log).end()
+
+
+def limited(kind: int, amount: int, action: Callable[[], object]) -> Callable[[], object]:
+    """Return `action` under a limit of the system (resource.RLIMIT_...)."""
+
+    def act():
+        resource.setrlimit(kind, (amount, amount))
+        action()
+
+    return act

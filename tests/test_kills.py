@@ -1,0 +1,158 @@
+"""A run killed at any moment goes on and ends with the same bytes as one that was never stopped."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import forked
+import pytest
+import tiny_study
+import torch
+
+from fedlm import running
+from fedlm.config import load
+from fedlm.files import remove_unfinished
+from fedlm.method import discover
+
+KILLS = 15  # of each method at least; there are seven
+# What a client or the server keeps from one turn to the next.
+RELATIVES = {
+    "keeping": {"method": "fedcybgd", "moments": "client", "cache": "last_visit", "order": "random"},
+    "personal": {"method": "fedlora", "variant": "fedsa"},
+}
+METHODS = {name: {"tokens": 4} if name == "fedprompt" else None for name in discover()} | RELATIVES
+FEDERATION = {"clients": 3, "rounds": 5, "participation": 0.7, "dropout_rate": 0.2}
+# What no two runs have in common.
+TIMES = {"seconds", "train_seconds", "wall_seconds", "resident_set_bytes"}
+
+
+def comparable(record: dict) -> dict:
+    """Return a record less its times."""
+    rounds = [{k: v for k, v in row.items() if k not in TIMES} for row in record["rounds"]]
+    return {k: v for k, v in record.items() if k not in TIMES} | {"rounds": rounds}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study of all methods; torch is loaded before the first child, which so starts at once."""
+    folder = tmp_path_factory.mktemp("kills")
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    path = tiny_study.write(
+        folder,
+        examples=60,
+        federation=FEDERATION,
+        methods=METHODS,
+        training={"learning_rate": 1e-3, "batch_size": 8, "device": "cpu"},
+    )
+    found = load(path)
+    running.prepare(found, "films", running.Folders("study", folder / "undisturbed"))
+    from fedlm import provenance
+
+    provenance.commit()  # asks git once, before the clock runs
+    return found, folder
+
+
+def execute(study, folder, run, place):
+    folders = running.Folders("study", folder / place)
+    return lambda: running.execute(study, run, folders.record(run), folders)
+
+
+def undisturbed(study, folder, run):
+    """Return the record of a run that nobody disturbs, and the seconds that it takes."""
+    started = time.monotonic()
+    ended = forked.run(execute(study, folder, run, "undisturbed"), folder / "log")
+    assert ended.status == 0, ended.said
+    record = running.Folders("study", folder / "undisturbed").record(run)
+    return json.loads(record.read_text()), time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_and_none_lost_and_none_different(method, study):
+    study, folder = study
+    run = next(run for run in study.runs() if run.method == method)
+    expected, duration = undisturbed(study, folder, run)
+    draw = random.Random(f"kill {method}")
+    kills = resumed = finished = 0
+    while kills < KILLS:
+        place = f"{method}{finished}"
+        folders = running.Folders("study", folder / place)
+        while True:
+            ended = forked.Child(execute(study, folder, run, place), folder / "log").end(
+                kill_after=draw.uniform(0.05, duration)
+            )
+            resumed += "resumed after round" in ended.said
+            if ended.status == 0:
+                break
+            # Killed, and nothing worse: the run itself never fails.
+            assert ended.status == -signal.SIGKILL, ended.said
+            assert "is not used" not in ended.said
+            kills += 1
+        record = json.loads(folders.record(run).read_text())
+        assert comparable(record) == comparable(expected)
+        assert not list(folders.checkpoints(run).glob("*.checkpoint"))
+        assert not list(folders.checkpoints(run).glob(".*.part"))
+        finished += 1
+    assert resumed > 0
+    print(f"{method}: {kills} kills, {finished} runs finished, {resumed} times resumed")
+
+
+def killed_at(operation: int, action):
+    """Return `action` that dies at its n-th operation on files: half of them before it, half after."""
+
+    def act():
+        count = 0
+
+        def deadly(do):
+            def one(*arguments, **options):
+                nonlocal count
+                count += 1
+                if count == operation and operation % 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = do(*arguments, **options)
+                if count == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return one
+
+        for name in ("fsync", "replace", "unlink"):
+            setattr(os, name, deadly(getattr(os, name)))
+        action()
+
+    return act
+
+
+@pytest.mark.slow
+def test_killed_at_each_operation_on_files(study):
+    """At each write, rename and removal of a run: half-written states last too short for chance to hit them."""
+    study, folder = study
+    run = next(run for run in study.runs() if run.method == "head_only")
+    expected, _ = undisturbed(study, folder, run)
+    operation = 1
+    while True:
+        place = f"operation{operation}"
+        folders = running.Folders("study", folder / place)
+        ended = forked.run(killed_at(operation, execute(study, folder, run, place)), folder / "log")
+        if ended.status == 0:
+            break
+        assert ended.status == -signal.SIGKILL, ended.said
+        rounds_before = ended.said.count(": round ")
+        again = forked.run(execute(study, folder, run, place), folder / "log")
+        assert again.status == 0, again.said
+        assert comparable(json.loads(folders.record(run).read_text())) == comparable(expected)
+        # At most the round that was not yet saved is made again.
+        assert again.said.count(": round ") <= FEDERATION["rounds"] - max(rounds_before - 1, 0)
+        assert "is not used" not in again.said
+        operation += 1
+    assert operation > 2 * FEDERATION["rounds"]
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    (tmp_path / ".round-000001.checkpoint.abc.part").write_bytes(b"half")
+    (tmp_path / "record.json").write_text("{}")
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
