@@ -131,6 +131,22 @@ def run_many(
 
 
 @app.command()
+def rerun(
+    record: Annotated[Path, typer.Argument(help="The record of a finished run.")],
+    results: Annotated[
+        Path | None, typer.Option(help="New folder for what it makes; else none is kept.")
+    ] = None,
+) -> None:
+    """Make a recorded run again from its record alone, and say whether the same comes out.
+
+    The exit status is 0 if the final payload, scores, bytes, FLOPs and memory are the same, 1 if not.
+    """
+    from fedlm.rerun import rerun as make_again
+
+    raise typer.Exit(1 if make_again(record, results) else 0)
+
+
+@app.command()
 def collect(config: Config, results: Results = Path("results")) -> None:
     """Compile the records that there are into runs.parquet and rounds.parquet; name what is missing."""
     from fedlm import results as compiled

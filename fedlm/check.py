@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from fedlm import compression
+from fedlm import compression, partition
 from fedlm import method as method_module
 from fedlm import task as task_module
 from fedlm.config import Study
@@ -43,7 +43,7 @@ def facts(model, kind: str) -> Facts:
 
 
 def check(study: Study) -> None:
-    """Check a study beyond its file: data files, models, lengths, blocks. No data are read or downloaded.
+    """Check a study beyond its file: data files, models, lengths, blocks, labels. Nothing is downloaded.
 
     Raises UserError with one line for each fault, naming the key's path.
     """
@@ -62,6 +62,8 @@ def check(study: Study) -> None:
         task = tasks[entry.task](entry.settings)
         path, kind = f"tasks.{label}", task.kind
         attempt(path, task.check)
+        if not any(fault.startswith(f"{path}:") for fault in faults):
+            _check_partitions(study, label, task, attempt)
         model = entry.model or study.model
         try:
             found = facts(model, kind)
@@ -73,8 +75,8 @@ def check(study: Study) -> None:
             faults.append(
                 f"{path}.max_length: {length}; allowed: at most {found.positions}, the positions of the model"
             )
-        for name in dict.fromkeys(run.method for run in study.runs() if run.task == label):
-            chosen = study.methods[name]
+        served = {name: e for name, e in study.methods.items() if e.tasks is None or label in e.tasks}
+        for name, chosen in served.items():
             kind_of_method = methods[chosen.method]
             if kind not in kind_of_method.kinds:
                 faults.append(
@@ -98,6 +100,17 @@ def check(study: Study) -> None:
         faults.append("methods: no run is left; allowed: at least one method for a task and a partition")
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+def _check_partitions(study: Study, label: str, task: task_module.Task, attempt) -> None:
+    """Check that the task can be divided as the study asks, as far as that is known without its data."""
+    labels, groups = task.count_labels(), None if task.has_groups else 0
+    for name, config in study.partitions.items():
+        clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
+        attempt(
+            f"partitions.{name} (of tasks.{label})",
+            lambda config=config, clients=clients: partition.check(config, clients, None, labels, groups),
+        )
 
 
 def _require_cuda() -> None:

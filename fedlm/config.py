@@ -23,6 +23,8 @@ from fedlm.settings import Settings
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 LARGEST_FILE = 1 << 20
+LARGEST_STUDY = 1_000_000  # runs
+LONGEST_LIST = 50  # faults that are told at once
 
 
 class Federation(Settings):
@@ -43,7 +45,7 @@ class Training(Settings):
     learning_rate: float = Field(5e-5, gt=0, le=100)
     weight_decay: float = Field(0.0, ge=0, le=10)
     momentum: float = Field(0.0, ge=0, lt=1, description="of SGD")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="of AdamW")
     epsilon: float = Field(1e-8, gt=0, le=1, description="of AdamW")
     batch_size: int = Field(16, ge=1, le=65_536, description="examples in one forward pass")
     accumulation: int = Field(1, ge=1, le=65_536, description="forward passes summed into one optimizer step")
@@ -216,6 +218,11 @@ class _Reader:
     def fault(self, path: str, message: str) -> None:
         self.faults.append(f"{path}: {message}")
 
+    def told(self) -> list[str]:
+        """Return the faults, or the first of very many."""
+        rest = len(self.faults) - LONGEST_LIST
+        return self.faults[:LONGEST_LIST] + ([f"and {rest} more"] if rest > 0 else [])
+
     def section(self, values: dict, key: str, default: Any = None) -> Any:
         """Return the non-empty table of labels under `key`."""
         table = values.get(key, default)
@@ -252,21 +259,32 @@ class _Reader:
 
     def note(self, path: str, error: ValidationError) -> None:
         for item in error.errors(include_url=False):
-            where = ".".join([path, *(str(part) for part in item["loc"])]).strip(".")
+            where = ".".join([path, *(_word(part) for part in item["loc"])]).strip(".")
             if item["type"] == "extra_forbidden":
                 self.fault(where, "unknown key")
             elif item["type"] == "missing":
                 self.fault(where, "missing; the key is required")
             else:
-                self.fault(where, f"{_shown(item.get('input'))}; {item['msg']}")
+                self.fault(where, f"{_shown(item.get('input'))}; {_printable(item['msg'], 300)}")
 
 
 def _shown(value: Any) -> str:
     try:
-        text = repr(value)
+        return _printable(repr(value), 80)
     except RecursionError:
-        text = "a value nested too deeply"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return "a value nested too deeply"
+    except ValueError:  # Python does not write out whole numbers of thousands of digits
+        return "a number with too many digits"
+
+
+def _word(part: Any) -> str:
+    return _printable(part, 80) if isinstance(part, str) else _shown(part)
+
+
+def _printable(text: str, longest: int) -> str:
+    """Return a text as a part of one line: short, and without control characters."""
+    text = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 class _Loader(yaml.SafeLoader):
@@ -294,7 +312,20 @@ class _Loader(yaml.SafeLoader):
                 ) from error
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node):
+        """Refuse numbers in base 60 (1:30 is 90 in YAML 1.1) and endless ones, which take minutes to read."""
+        text = str(self.construct_scalar(node))
+        if ":" in text or len(text) > 100:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(
+                f"line {line}: {_shown(text)}; allowed: a number in decimal digits, or a text"
+            )
+        kind = node.tag.rpartition(":")[2]
+        return super().construct_yaml_int(node) if kind == "int" else super().construct_yaml_float(node)
 
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_decimal)
 # YAML 1.1 reads 2e-5 as text; every study has such a learning rate.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -307,6 +338,8 @@ def read_yaml(path: Path) -> dict:
     """Read a YAML table. Raises UserError naming file and line."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file; allowed: a YAML study file")
         if path.stat().st_size > LARGEST_FILE:
             raise UserError(f"{path}: larger than 1 MiB; allowed: a study file")
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -314,8 +347,10 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error.strerror}); allowed: a YAML study file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); allowed: a YAML study file") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # PyYAML raises anything where a value is not what its tag says (!!int "").
+        reason = _printable(" ".join(str(error).split()), 300)
+        raise UserError(f"{path}: not valid YAML: {reason or type(error).__name__}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply; allowed: a YAML study file") from error
     if not isinstance(values, dict):
@@ -347,32 +382,49 @@ def parse(values: dict, where: str = "study") -> Study:
     }
     for key in values:
         if key not in known:
-            reader.fault(str(key), f"unknown key; allowed: {', '.join(sorted(known))}")
+            reader.fault(_word(key), f"unknown key; allowed: {', '.join(sorted(known))}")
     label = values.get("study")
     if not isinstance(label, str) or not LABEL.fullmatch(label):
         reader.fault("study", f"{_shown(label)}; allowed: up to 64 letters, digits and _ . + -")
     seeds = _seeds(reader, values.get("seeds", [1]))
     model = reader.parse("model", ModelConfig, _model_values(values.get("model", "minilm")))
     plain = {
-        key: reader.parse(key, kind, values.get(key) or {})
+        key: reader.parse(key, kind, {} if values.get(key) is None else values[key])
         for key, kind in (("federation", Federation), ("training", Training), ("pipeline", Pipeline))
     }
     partitions = {
         name: reader.parse(f"partitions.{name}", PartitionConfig, {"scheme": name, **entry})
         for name, entry in reader.section(values, "partitions").items()
     }
+    known_tasks = task_module.discover()
     tasks = {
-        name: _task(reader, name, entry, plain) for name, entry in reader.section(values, "tasks").items()
+        name: _task(reader, name, entry, plain, known_tasks)
+        for name, entry in reader.section(values, "tasks").items()
     }
     methods = {
         name: _method(reader, name, entry, plain, tasks, partitions)
         for name, entry in reader.section(values, "methods").items()
     }
+    size = len(tasks) * len(partitions) * len(methods) * len(seeds)
+    if size > LARGEST_STUDY:
+        reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
     if reader.faults:
-        raise UserError("\n".join(f"{where}: {fault}" for fault in reader.faults))
+        raise UserError("\n".join(f"{where}: {fault}" for fault in reader.told()))
     return Study(
         study=label, seeds=seeds, model=model, tasks=tasks, partitions=partitions, methods=methods, **plain
     )
+
+
+def of_record(record: dict[str, Any]) -> Study:
+    """Return the study of the one run that a record describes. Raises UserError where it cannot be one."""
+    try:
+        found = record["config"]
+        values = {key: found[key] for key in ("model", "federation", "training")}
+        values |= {f"{key}s": {record[key]: found[key]} for key in ("task", "partition", "method")}
+        values |= {"study": record["study"], "seeds": [record["seed"]]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"record: no configuration of a run ({error})") from error
+    return parse(values, "record")
 
 
 def _seeds(reader: _Reader, seeds: Any) -> list[int]:
@@ -411,10 +463,10 @@ def _choice(reader: _Reader, path: str, key: str, name: Any, allowed: dict) -> A
     return allowed[name]
 
 
-def _task(reader: _Reader, label: str, entry: dict, plain: dict) -> TaskEntry | None:
+def _task(reader: _Reader, label: str, entry: dict, plain: dict, known: dict) -> TaskEntry | None:
     path = f"tasks.{label}"
     name = entry.pop("task", label)
-    found = _choice(reader, path, "task", name, task_module.discover())
+    found = _choice(reader, path, "task", name, known)
     model = None
     if "model" in entry:
         model = reader.parse(f"{path}.model", ModelConfig, _model_values(entry.pop("model")))
@@ -435,7 +487,7 @@ def _method(
     }
     training = _overrides(reader, path, entry, "training", plain["training"])
     title = entry.pop("title", None)
-    if title is not None and (not isinstance(title, str) or not 0 < len(title) <= 60 or "\n" in title):
+    if title is not None and not (isinstance(title, str) and 0 < len(title) <= 60 and title.isprintable()):
         reader.fault(f"{path}.title", f"{_shown(title)}; allowed: one line of up to 60 characters")
         title = None
     settings = reader.parse(path, found.Config, entry) if found else None
@@ -449,7 +501,8 @@ def _method(
 def _labels(reader: _Reader, path: str, value: Any, allowed: dict) -> list[str] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not value or any(str(label) not in allowed for label in value):
+    good = isinstance(value, list) and value
+    if not good or not all(isinstance(label, str) and label in allowed for label in value):
         reader.fault(path, f"{_shown(value)}; allowed: a list of {', '.join(allowed)}")
         return None
     return value
@@ -464,6 +517,10 @@ def schema() -> str:
         definitions.update(found.pop("$defs", {}))
         return found
 
+    def reference(kind: Any) -> dict:
+        definitions[kind.__name__] = of(kind)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+
     def labelled(key: str, kinds: dict, extra: dict) -> dict:
         choices = []
         for name, kind in sorted(kinds.items()):
@@ -474,10 +531,9 @@ def schema() -> str:
         return {"anyOf": [{"type": "null"}, *choices]}
 
     def optional(kind: Any) -> dict:
-        found = of(kind)
-        return {**found, "required": []}
+        return {"anyOf": [{"type": "null"}, reference(kind)]}
 
-    model = {"anyOf": [{"type": "string"}, of(ModelConfig)]}
+    model = {"anyOf": [{"type": "string"}, reference(ModelConfig)]}
     training, federation = optional(Training), optional(Federation)
     label_list = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     task_extra = {"model": model, "federation": federation, "training": training}
@@ -512,7 +568,12 @@ def schema() -> str:
                 "propertyNames": names,
                 "minProperties": 1,
                 "additionalProperties": {
-                    "anyOf": [{"type": "null"}, of(PartitionConfig), {"type": "object"}]
+                    "anyOf": [
+                        {"type": "null"},
+                        of(PartitionConfig),
+                        # The label itself may be the scheme.
+                        {"type": "object", "not": {"required": ["scheme"]}},
+                    ]
                 },
             },
             "methods": {

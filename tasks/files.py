@@ -13,6 +13,7 @@ from fedlm.errors import UserError
 from fedlm.task import METRICS, Corpus, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
+SMALL_FILE = 32 << 20  # bytes; larger ones are not read before they are prepared
 TEXTS = {
     "classification": (1, 2),
     "regression": (1, 2),
@@ -68,6 +69,7 @@ class Files(Task):
     def __init__(self, config):
         super().__init__(config)
         self.kind = self.config.kind
+        self.has_groups = self.config.group is not None
         main = self.config.metric or METRICS[self.kind][0]
         self.metrics = (main, *(metric for metric in METRICS[self.kind] if metric != main))
 
@@ -87,6 +89,14 @@ class Files(Task):
                 if column not in columns:
                     found = ", ".join(map(str, columns[:20]))
                     raise UserError(f"{split}: {path}: there is no column {column!r}; it has: {found}")
+
+    def count_labels(self) -> int | None:
+        path = self.paths()["train"]
+        if self.kind != "classification":
+            return super().count_labels()
+        if path.stat().st_size > SMALL_FILE:
+            return None
+        return _read(path, "train")[self.config.label].map(str).nunique()
 
     def rows(self) -> Corpus:
         self.check()

@@ -25,6 +25,8 @@ class ReviewSources(Task):
     title = "Review sources"
     reference = "Hutto and Gilbert 2014, ICWSM; source distribution of package vaderSentiment 3.3.2"
     sources = ("films", "products", "newspapers", "tweets")
+    label_names = ("negative", "positive")
+    has_groups = True
 
     class Config(Task.Config):
         max_length: int = Field(64, ge=8, le=1_000_000, description="longest model input, in tokens")
@@ -40,7 +42,7 @@ class ReviewSources(Task):
                 _, score, text = line.split("\t")
                 if abs(float(score)) > NEUTRAL:
                     rows.append({"text": text, "label": int(float(score) > 0), "group": group})
-        return Corpus(pandas.DataFrame(rows), ["negative", "positive"], list(self.sources))
+        return Corpus(pandas.DataFrame(rows), list(self.label_names), list(self.sources))
 
 
 class MovieReviews(ReviewSources):
@@ -49,6 +51,7 @@ class MovieReviews(ReviewSources):
     name = "movie_reviews"
     title = "Movie reviews"
     sources = ("films",)
+    has_groups = False
 
     def rows(self) -> Corpus:
         corpus = super().rows()

@@ -22,6 +22,7 @@ class SmallTalk(Task):
     title = "Small talk"
     reference = "Cox 2026, Python package chatterbot-corpus 1.3.3 (English)"
     kind = "causal"
+    has_groups = True
 
     class Config(Task.Config):
         max_length: int = Field(64, ge=8, le=1_000_000, description="longest question and answer, in tokens")

@@ -19,6 +19,7 @@ class Squad(HubTask):
     title = "SQuAD"
     reference = "Rajpurkar et al. 2016, arXiv:1606.05250; hub rajpurkar/squad"
     kind = "question_answering"
+    has_groups = True
     splits = {"train": "train", "test": "validation"}
     columns = {"question": "question", "context": "context", "answers": "answers", "title": "title"}
 

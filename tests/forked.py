@@ -1,6 +1,7 @@
-"""Children of the test process: they do one thing and may be killed at any moment. PyTorch is imported once."""
+"""Children of the test process, which may be killed at any moment; their parent has imported PyTorch."""
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 LONGEST = 120  # seconds; a child that takes longer hangs
 
@@ -69,6 +72,14 @@ class Child:
     def said(self) -> str:
         """Return what the child wrote so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def get_ready() -> None:
+    """Call this once what the children need is imported and before the first of them."""
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.collect()
+    gc.freeze()  # children collect their own garbage only, and share the rest of the memory
 
 
 def run(action: Callable[[], object], log: Path) -> Ended:
