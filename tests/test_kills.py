@@ -13,7 +13,6 @@ import tiny_study
 
 from fedlm import running
 from fedlm.config import load
-from fedlm.files import remove_unfinished
 from fedlm.method import discover
 
 KILLS = 12  # of each label at least; there are nine
@@ -144,10 +143,3 @@ def test_killed_at_each_operation_on_files(study):
         assert "is not used" not in again.said
         operation += 1
     assert operation > 2 * FEDERATION["rounds"]
-
-
-def test_what_a_killed_write_left_is_removed(tmp_path):
-    (tmp_path / ".round-000001.checkpoint.abc.part").write_bytes(b"half")
-    (tmp_path / "record.json").write_text("{}")
-    remove_unfinished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
