@@ -6,7 +6,7 @@ from functools import cache
 from fedlm import compression, partition
 from fedlm import method as method_module
 from fedlm import task as task_module
-from fedlm.config import Study
+from fedlm.config import Study, printable
 from fedlm.errors import UserError
 
 
@@ -53,7 +53,7 @@ def check(study: Study) -> None:
         try:
             action()
         except UserError as error:
-            faults.extend(f"{path}: {line}" for line in str(error).splitlines())
+            faults.extend(f"{path}: {printable(line, 1000)}" for line in str(error).splitlines())
 
     if "cuda" in {study.training.device, *(e.training.get("device") for e in study.tasks.values())}:
         attempt("training.device", _require_cuda)
@@ -68,7 +68,8 @@ def check(study: Study) -> None:
         try:
             found = facts(model, kind)
         except UserError as error:
-            faults.append(f"{path}.model: {error}" if entry.model else f"model: {error}")
+            reason = printable(str(error), 1000)
+            faults.append(f"{path}.model: {reason}" if entry.model else f"model: {reason}")
             continue
         length = getattr(entry.settings, "max_length", None)
         if found.positions is not None and length is not None and length > found.positions:

@@ -22,7 +22,7 @@ from fedlm.partition import PartitionConfig
 from fedlm.settings import Settings
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
-LARGEST_FILE = 1 << 20
+LARGEST_FILE = 1 << 18  # bytes; what fits is read in seconds
 LARGEST_STUDY = 1_000_000  # runs
 LONGEST_LIST = 50  # faults that are told at once
 
@@ -265,12 +265,12 @@ class _Reader:
             elif item["type"] == "missing":
                 self.fault(where, "missing; the key is required")
             else:
-                self.fault(where, f"{_shown(item.get('input'))}; {_printable(item['msg'], 300)}")
+                self.fault(where, f"{_shown(item.get('input'))}; {printable(item['msg'], 300)}")
 
 
 def _shown(value: Any) -> str:
     try:
-        return _printable(repr(value), 80)
+        return printable(repr(value), 80)
     except RecursionError:
         return "a value nested too deeply"
     except ValueError:  # Python does not write out whole numbers of thousands of digits
@@ -278,10 +278,10 @@ def _shown(value: Any) -> str:
 
 
 def _word(part: Any) -> str:
-    return _printable(part, 80) if isinstance(part, str) else _shown(part)
+    return printable(part, 80) if isinstance(part, str) else _shown(part)
 
 
-def _printable(text: str, longest: int) -> str:
+def printable(text: str, longest: int) -> str:
     """Return a text as a part of one line: short, and without control characters."""
     text = text if len(text) <= longest else f"{text[: longest - 3]}..."
     return text if text.isprintable() else repr(text)[1:-1]
@@ -341,7 +341,7 @@ def read_yaml(path: Path) -> dict:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a file; allowed: a YAML study file")
         if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"{path}: larger than 1 MiB; allowed: a study file")
+            raise UserError(f"{path}: larger than 256 KiB; allowed: a study file")
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); allowed: a YAML study file") from error
@@ -349,7 +349,7 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); allowed: a YAML study file") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         # PyYAML raises anything where a value is not what its tag says (!!int "").
-        reason = _printable(" ".join(str(error).split()), 300)
+        reason = printable(" ".join(str(error).split()), 300)
         raise UserError(f"{path}: not valid YAML: {reason or type(error).__name__}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply; allowed: a YAML study file") from error

@@ -9,6 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedlm.errors import UserError
+
+
+def local_path(text: str) -> Path:
+    """Return the path that a study names, `~` expanded. Raises UserError where it can be none."""
+    try:
+        if any(character < " " for character in text):
+            raise ValueError("it holds control characters")
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = ascii(text) if len(text) <= 80 else f"{ascii(text[:77])}..."
+        raise UserError(f"{shown} cannot be a path: {reason}") from error
+    return path
+
 
 def sha256(content: bytes | memoryview | Path) -> str:
     """Return the SHA-256 of bytes, or of a file's content, as 64 hexadecimal digits."""

@@ -11,6 +11,7 @@ import pandas
 from pydantic import Field
 
 from fedlm.errors import UserError
+from fedlm.files import local_path
 from fedlm.task import Corpus, Task
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -107,7 +108,7 @@ class HubTask(Task):
         subset, in its folder `data`, or in itself: wherever the hub's data sets have them.
         """
         source, place = self.config.source, self._place()
-        folder = Path(source).expanduser()
+        folder = local_path(source)
         if not folder.is_dir():
             if source.count("/") != 1 or source.startswith((".", "~", "/")):
                 raise UserError(f"{place}; allowed: a local folder that exists, or a hub id owner/name")

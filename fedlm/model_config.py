@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from fedlm.files import local_path
 from fedlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,12 +49,7 @@ class ModelConfig(Settings):
 
     def files(self) -> list[Path]:
         """Return the files of a local folder whose change makes it another model; none of a hub id."""
-        try:
-            found = Path(self.source).expanduser()
-            if found.suffix == ".json" and found.is_file():
-                return [found]
-            return sorted(
-                path for ending in ("json", "safetensors", "txt") for path in found.glob(f"*.{ending}")
-            )
-        except (OSError, RuntimeError, ValueError):
-            return []
+        found = local_path(self.source)
+        if found.suffix == ".json" and found.is_file():
+            return [found]
+        return sorted(path for ending in ("json", "safetensors", "txt") for path in found.glob(f"*.{ending}"))

@@ -37,7 +37,7 @@ from transformers import (
 
 from fedlm import downloads
 from fedlm.errors import UserError
-from fedlm.files import sha256
+from fedlm.files import local_path, sha256
 from fedlm.model_config import ModelConfig
 from fedlm.randomness import derive
 
@@ -240,11 +240,13 @@ def check(config: ModelConfig) -> None:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    return not Path(source).exists() and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source))
+    return not local_path(source).exists() and bool(
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
+    )
 
 
 def _folder(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_file() and path.suffix == ".json":
         return path
     if (path / "config.json").is_file():

@@ -10,6 +10,7 @@ import pyarrow.parquet
 from pydantic import Field, model_validator
 
 from fedlm.errors import UserError
+from fedlm.files import local_path
 from fedlm.task import METRICS, Corpus, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
@@ -76,7 +77,7 @@ class Files(Task):
     def paths(self) -> dict[str, Path]:
         names = ("train", "validation", "test")
         given = {name: getattr(self.config, name) for name in names}
-        return {name: Path(path).expanduser() for name, path in given.items() if path is not None}
+        return {name: local_path(path) for name, path in given.items() if path is not None}
 
     def files(self) -> list[Path]:
         return list(self.paths().values())
