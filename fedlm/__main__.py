@@ -263,11 +263,14 @@ def _guarded(action: Callable[[], object]) -> int:
 
 
 def main() -> int:
-    """Run the command line; return the exit status: 0 done, 1 a failed run, 2 bad input."""
+    """Run the command line; return the exit status: 0 done, 1 a failed run, 2 bad input, 130 interrupted."""
     try:
         return _guarded(app)
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+        status = end.code if isinstance(end.code, int) else 0
+    if status == 130:  # typer's answer to Ctrl-C
+        print("interrupted; a run continues from its last whole round when started again", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Child:
                 sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
                 try:
                     status = _guarded(action)
+                except SystemExit as end:
+                    status = end.code
                 except BaseException:
                     import traceback
 
