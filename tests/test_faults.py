@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -366,6 +367,27 @@ def test_different_runs_do_not_wait_for_each_other(undisturbed, tmp_path):
     first.kill()
     first.end()
     assert other.status == 0 and "another process" not in other.said
+
+
+@pytest.mark.slow
+def test_two_snakemakes_on_one_study(tmp_path):
+    """The second is refused, says why, and does no harm; after the first there is nothing left to do."""
+    from test_pipeline import Place
+
+    place = Place(tmp_path)
+    first: list[tuple[int, str]] = []
+    thread = threading.Thread(target=lambda: first.append(place.snakemake()))
+    thread.start()
+    while not list(tmp_path.glob("results/tiny/tasks/*")):
+        assert thread.is_alive(), first
+        time.sleep(0.1)
+    status, said = place.snakemake()
+    thread.join()
+    assert status == 1 and "Directory cannot be locked" in said
+    assert first[0][0] == 0, first[0][1]
+    status, said = place.snakemake()
+    assert (status, "Nothing to be done" in said) == (0, True)
+    assert len(place.records()) == 2
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):

@@ -97,8 +97,9 @@ def task_of(label):
 
 
 def own_files(wildcards):
-    """Return the reader's own files that a task reads: when they change, everything after them is made again."""
-    return [str(path) for path in task_of(wildcards.task).files()]
+    """Return the reader's own files of a task and its model: when they change, all after them is made again."""
+    model = study.tasks[wildcards.task].model or study.model
+    return [str(path) for path in (*task_of(wildcards.task).files(), *model.files())]
 
 
 @cache
