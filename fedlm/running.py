@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -231,6 +232,8 @@ def _train(
     from fedlm.federation import FailedRun, Federation
     from fedlm.method import discover
 
+    # Transformers speaks to its own developers through peft's calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     started = time.perf_counter()
     data = Prepared.load(folders.task(run.task))
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
