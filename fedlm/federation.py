@@ -71,6 +71,7 @@ class Federation:
         self.rounds: list[dict[str, Any]] = []
         self.flops = 0
         self.cuda_peak = 0
+        self.began, self.spent = time.perf_counter(), 0.0  # spent: seconds of processes that were interrupted
 
     def run(self, checkpoints: Checkpoints | None = None) -> None:
         """Run all rounds, from the newest usable checkpoint where there is one.
@@ -223,6 +224,7 @@ class Federation:
             "baseline": self.baseline,
             "ledger": [self.ledger.download, self.ledger.upload, sorted(self.ledger.clients)],
             "flops": self.flops,
+            "spent": self.spent + time.perf_counter() - self.began,
             "memory": self.instruments.books(),
         }
         return tensors, books
@@ -246,6 +248,7 @@ class Federation:
         self.rounds, self.baseline, self.flops = books["rounds"], books["baseline"], books["flops"]
         self.ledger.download, self.ledger.upload, clients = books["ledger"]
         self.ledger.clients = set(clients)
+        self.spent = books["spent"]
         self.instruments.restore(books["memory"])
         self.say(f"resumed after round {round}/{self.settings.rounds}")
 

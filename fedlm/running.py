@@ -256,5 +256,5 @@ def _train(
     )
     fingerprint = sha256(json.dumps([config.resolved(), list(run), hashes], sort_keys=True).encode())
     federation.run(Checkpoints(folders.checkpoints(run), fingerprint, progress))
-    wall = time.perf_counter() - started
+    wall = federation.spent + time.perf_counter() - started
     record.write(output, record.build(config, federation, hashes, divided.skew, wall))
