@@ -20,6 +20,7 @@ SETTINGS = {
         {"pooled": True, "switch_every": 2},
         {"blocks_per_turn": 2, "order": "random"},
     ],
+    "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
     "fedprompt": [{"form": f, "tokens": 4} for f in ("prefix", "prefix_projected", "p_tuning")],
 }

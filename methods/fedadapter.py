@@ -1,0 +1,83 @@
+"""Federated bottleneck adapters: only small modules inside the layers and the head are trained and averaged.
+
+Sources: Houlsby et al. 2019, arXiv:1902.00751, section 2; the second place alone, at half the size, follows
+Pfeiffer et al. 2021, arXiv:2005.00247. peft (0.21) has no such adapter: its tuners change weights or inputs.
+"""
+
+from collections import OrderedDict
+from typing import Literal
+
+from pydantic import Field
+
+from fedlm.errors import UserError
+from fedlm.method import Method, MethodConfig
+
+
+class FedAdapter(Method):
+    """x becomes x + up(GELU(down(x))), with down (width, hidden) and up (hidden, width), both with a bias.
+
+    It stands where a sub-layer (attention, feed-forward) has projected back to the model's width, before the
+    residual connection and any norm. `up` starts at zero, so training starts from the pretrained model.
+    Layers that share a projection share its adapter. Unlike in the paper the layers' norms stay frozen.
+    """
+
+    title = "FedAdapter"
+    reference = "arXiv:1902.00751"
+
+    class Config(MethodConfig):
+        """Size and places of the adapters."""
+
+        width: int = Field(64, ge=1, le=4096, description="width of the bottleneck")
+        placement: Literal["both", "feed_forward"] = Field(
+            "both", description="after attention and feed-forward, or after the feed-forward only"
+        )
+
+    def adapt(self, model, kind):
+        model.requires_grad_(False)
+        found = [end for path in self.anatomy.layers for end in self._projections(path, model)]
+        for projection in dict.fromkeys(found):  # shared ones are found again in each layer
+            self._insert(projection, model.config.hidden_size)
+        head = set(self.anatomy.head)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in head or ".adapter." in name)
+        return model
+
+    def _projections(self, path, model):
+        """Return the linear modules of a layer that end its sub-layers: the attention comes first in all."""
+        layer = model.get_submodule(path)
+        attention = next(filter(None, map(_linear_modules, layer.children())), [])
+        ends = [attention[-1:], _linear_modules(layer)[-1:]]
+        found = [module for end in ends for module in end]
+        if any(module.weight.shape[_output(module)] != model.config.hidden_size for module in found):
+            raise UserError(
+                f"method fedadapter: {type(layer).__name__} does not end its attention and its feed-forward "
+                "with a projection to the model's width; allowed: a model whose layers do"
+            )
+        return found if self.config.placement == "both" else found[-1:]
+
+    def _insert(self, projection, hidden):
+        from torch import nn
+
+        like = {"dtype": projection.weight.dtype, "device": projection.weight.device}
+        down = nn.Linear(hidden, self.config.width, **like)
+        up = nn.Linear(self.config.width, hidden, **like)
+        nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.bias)
+        projection.adapter = nn.Sequential(OrderedDict(down=down, activation=nn.GELU(), up=up))
+        projection.register_forward_hook(_adapted)
+
+
+def _adapted(projection, inputs, output):
+    return output + projection.adapter(output)
+
+
+def _linear_modules(module):
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return [part for part in module.modules() if isinstance(part, Linear | Conv1D)]
+
+
+def _output(module):
+    """Return which dimension of the weight is the output's; Conv1D stores it transposed."""
+    return 0 if hasattr(module, "out_features") else 1
