@@ -5,12 +5,9 @@ carry no dates and no versions, so that the same records give the same bytes. A 
 `PER_PAGE` tasks or partitions goes on in further files: `<name>.pdf`, `<name>_2.pdf`, ...
 """
 
-import hashlib
-import io
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import matplotlib.ticker
@@ -18,13 +15,23 @@ import numpy
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from tueplots import axes as tueplots_axes
-from tueplots import figsizes, fontsizes
 
 from fedlm import results
-from fedlm.files import write_atomically
+from fedlm.drawing import (
+    KINDS,
+    Style,
+    edge,
+    kinds_legend,
+    logarithmic_axis,
+    memory_unit,
+    method_legend,
+    panels,
+    save_figure,
+    settings,
+    stack,
+    styles,
+)
 from fedlm.partition import PartitionFile
 from fedlm.results import Scene
 
@@ -40,110 +47,6 @@ NAMES = (
 PER_PAGE = 4  # tasks (rows), and partitions (columns), of one figure
 MANY_CLIENTS = 40  # with more, a partition is drawn as areas, largest client first
 MANY_LABELS = 8  # with more, the legend of a partition names the first and the last only
-
-WIDTH = figsizes.icml2024_full()["figure.figsize"][0]  # inches
-NARROW = figsizes.icml2024_half()["figure.figsize"][0]  # inches
-
-SETTINGS = {
-    **fontsizes.icml2024(),
-    **tueplots_axes.lines(),
-    # These fonts come with matplotlib: the same figure on every machine.
-    "font.family": "serif",
-    "font.serif": ["STIXGeneral"],
-    "mathtext.fontset": "stix",
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "hatch.linewidth": 0.4,
-    "pdf.fonttype": 42,
-    "savefig.dpi": 220,
-    "text.usetex": False,
-}
-
-
-class Style(NamedTuple):
-    """How a method is drawn, everywhere."""
-
-    colour: str
-    marker: str
-    line: str | tuple
-
-
-_SOLID, _DASHED, _DOTTED, _MIXED = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
-# Okabe and Ito's colours and Paul Tol's "muted" ones, which the colour-blind can tell apart.
-_KNOWN = {
-    "fedavg": Style("#0072B2", "o", _SOLID),
-    "fedcybgd": Style("#D55E00", "s", _SOLID),
-    "fedlora": Style("#009E73", "^", _SOLID),
-    "fedprompt": Style("#CC79A7", "D", _SOLID),
-    "centralized": Style("#000000", "v", _DASHED),
-    "local_only": Style("#6f6f6f", "X", _DASHED),
-    "head_only": Style("#a6a6a6", "P", _DASHED),
-    "majority": Style("#c4c4c4", "_", _DASHED),
-    "slora": Style("#E69F00", "<", _MIXED),
-    "fedbpt": Style("#56B4E9", ">", _MIXED),
-    "fedpeptao": Style("#332288", "p", _MIXED),
-    "cellm": Style("#882255", "h", _MIXED),
-    "embracingfl": Style("#44AA99", "*", _DOTTED),
-    "blockllm": Style("#999933", "d", _DOTTED),
-    "sherl": Style("#AA4499", "H", _DOTTED),
-    "rsfllm": Style("#117733", "8", _DOTTED),
-    "rtd": Style("#661100", "$+$", _DOTTED),
-}
-# Greys are for controls.
-_COLOURS = [style.colour for style in _KNOWN.values() if style.colour[1:3] != style.colour[3:5]]
-_COLOURS += ["#DDCC77", "#88CCEE", "#CC6677", "#5D3A9B", "#1A85FF", "#8C6D31"]
-_LINES = [_SOLID, _MIXED, _DOTTED, _DASHED]
-_MARKERS = [style.marker for style in _KNOWN.values() if style.marker != "_"] + [
-    "1",
-    "2",
-    "3",
-    "4",
-    "$x$",
-    "$o$",
-    "$z$",
-    "$w$",
-]
-
-_KINDS = [
-    ("parameter_bytes", "parameters", "#4477AA", ""),
-    ("gradient_bytes", "gradients", "#EE6677", "////"),
-    ("optimizer_bytes", "optimizer state", "#CCBB44", "...."),
-    ("activation_bytes", "activations", "#BBBBBB", "xxxx"),
-]
-
-
-def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """Return a style for each method label.
-
-    Methods of the suite have fixed ones. Any other label gets what its hash points at or, where that is
-    taken, what comes after it: the same in all figures of a study, and no two alike while there are markers.
-    """
-    labels = list(dict.fromkeys(labels))
-    found = {label: _KNOWN[label] for label in labels if label in _KNOWN}
-    for label in sorted(set(labels) - set(found)):
-        start = int.from_bytes(hashlib.sha256(label.encode()).digest()[:4], "big")
-
-        def least_used(choices: Sequence, used: Sequence, start: int = start):
-            turned = [choices[(start + step) % len(choices)] for step in range(len(choices))]
-            return min(turned, key=used.count)
-
-        used = list(found.values())
-        found[label] = Style(
-            least_used(_COLOURS, [style.colour for style in used]),
-            least_used(_MARKERS, [style.marker for style in used]),
-            least_used(_LINES, [style.line for style in used]),
-        )
-    return {label: found[label] for label in labels}
 
 
 def names(tasks: int, partitions: int) -> list[str]:
@@ -207,23 +110,9 @@ def make(
         for page, figure in enumerate(figures):
             if scene.absent:
                 _note_missing(figure, f"{len(scene.absent)} of {len(scene.expected)} runs are missing")
-            # Where everything stands is found once, and is the same in both files.
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
-            for ending, metadata in (
-                ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
-                ("png", {"Software": None}),
-            ):
-                content = io.BytesIO()
-                figure.savefig(content, format=ending, metadata=metadata)
-                path = Path(destination) / f"{_file_name(name, page)}.{ending}"
-                write_atomically(path, content.getvalue())
-                written.append(path)
+            written.extend(save_figure(figure, Path(destination) / _file_name(name, page)))
 
-    with matplotlib.rc_context():
-        # The reader's own matplotlibrc must not change a figure.
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+    with settings():
         grid = [(some_tasks, some_partitions) for some_tasks in rows for some_partitions in columns]
         save("score_over_rounds", (_over_rounds(scene, rounds, look, *page) for page in grid))
         save("score_over_bytes", (_over_bytes(scene, rounds, look, *page) for page in grid))
@@ -242,38 +131,6 @@ def _chunks(values: list) -> list[list]:
 # What the figures share
 
 
-def _panels(rows: int, columns: int, height: float = 1.45, **sharing) -> tuple[Figure, numpy.ndarray]:
-    """Return a figure and its (rows, columns) axes; `height` is that of a row, in inches.
-
-    A figure of one column of panels has the width of one column of the paper.
-    """
-    rows, columns = max(1, rows), max(1, columns)
-    figure = Figure(figsize=(WIDTH if columns > 1 else NARROW, height * rows + 0.2), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
-
-
-def _legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> None:
-    """Place one legend below all panels, in as many columns as fit, and make room for it."""
-    if not handles:
-        return
-    # About 0.05 inches a letter, and 0.42 for the sign before it and the space after it.
-    widest = 0.05 * max(map(len, labels)) + 0.42
-    columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
-    rows = -(-len(labels) // columns)
-    # The same number of rows with fewer columns looks better than a last row of one.
-    columns = -(-len(labels) // rows)
-    figure.set_figheight(figure.get_figheight() + 0.15 * rows + 0.05)
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        columnspacing=1.2,
-        handlelength=2.4,
-        borderpad=0.1,
-    )
-
-
 def _note_missing(figure: Figure, text: str) -> None:
     """Write a line below everything else."""
     line = 0.13
@@ -284,20 +141,7 @@ def _note_missing(figure: Figure, text: str) -> None:
 
 
 def _method_legend(figure: Figure, scene: Scene, look: dict[str, Style], methods: Collection[str]) -> None:
-    shown = [method for method in scene.methods if method in methods]
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=look[method].colour,
-            marker=look[method].marker,
-            linestyle=look[method].line,
-            markeredgewidth=0.9 if look[method].marker not in Line2D.filled_markers else 0,
-            markersize=5,
-        )
-        for method in shown
-    ]
-    _legend(figure, handles, [scene.titles[method] for method in shown])
+    method_legend(figure, look, {m: scene.titles[m] for m in scene.methods if m in methods})
 
 
 def _measure(scene: Scene, task: str) -> tuple[str, float]:
@@ -358,34 +202,6 @@ def _mean_curves(rounds: pandas.DataFrame, factor: float) -> pandas.DataFrame:
     )
 
 
-def _logarithmic(axes: Axes) -> None:
-    """Make the x axis logarithmic: numbers at powers of ten; on a short axis at 1, 2 and 5 times those."""
-    axes.set_xscale("log")
-    powers = matplotlib.ticker.LogFormatterSciNotation()
-
-    def short() -> bool:
-        low, high = axes.get_xlim()
-        return low > 0 and high < 30 * low
-
-    def major(value: float, place: int) -> str:
-        return f"{value:g}" if short() else powers(value, place)
-
-    def minor(value: float, _: int) -> str:
-        digit = round(value / 10 ** math.floor(math.log10(value)))
-        return f"{value:g}" if short() and digit in (2, 5) else ""
-
-    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0,), numticks=6))
-    axes.xaxis.set_major_formatter(major)
-    axes.xaxis.set_minor_formatter(minor)
-
-
-def _edge(style: Style) -> dict[str, object]:
-    """Return the edge of a marker: white around filled ones, so that they stand out where lines cross."""
-    if style.marker in Line2D.filled_markers:
-        return {"markeredgecolor": "white", "markeredgewidth": 0.4}
-    return {"markeredgecolor": style.colour, "markeredgewidth": 0.9}
-
-
 def _draw_curve(axes: Axes, x: pandas.Series, curve: pandas.DataFrame, style: Style) -> None:
     axes.plot(
         x,
@@ -394,7 +210,7 @@ def _draw_curve(axes: Axes, x: pandas.Series, curve: pandas.DataFrame, style: St
         linestyle=style.line,
         marker=style.marker,
         markevery=max(1, len(curve) // 8),
-        **_edge(style),
+        **edge(style),
     )
     if curve["deviation"].any():
         low, high = curve["score"] - curve["deviation"], curve["score"] + curve["deviation"]
@@ -413,7 +229,7 @@ def _curves(
     """Draw one panel for each task (row) and partition (column), with a curve for each method."""
     known = scene.runs[["task", "partition", "method", "seed"]]
     rounds = rounds.merge(known, on=list(known.columns))
-    figure, grid = _panels(len(tasks), len(partitions), sharex="all", sharey="row")
+    figure, grid = panels(len(tasks), len(partitions), sharex="all", sharey="row")
     methods = set()
     for row, task in enumerate(tasks):
         name, factor = _measure(scene, task)
@@ -457,7 +273,7 @@ def _over_bytes(scene, rounds, look, tasks, partitions) -> Figure:
 
     def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
         if logarithmic:
-            _logarithmic(axes)
+            logarithmic_axis(axes)
         sent = curve[curve["megabytes"] > 0]
         if sent.empty:
             axes.axhline(curve["score"].iloc[-1], color=style.colour, linestyle=style.line, linewidth=0.8)
@@ -474,7 +290,7 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
     columns = [("label_divergence", "label divergence (bit)", runs["scheme"] != "quantity")]
     if of_sizes:
         columns.append(("size_gini", "size inequality (Gini)", runs["scheme"].isin(["quantity", "iid"])))
-    figure, grid = _panels(len(tasks), len(columns), height=1.75, sharey="row")
+    figure, grid = panels(len(tasks), len(columns), height=1.75, sharey="row")
     methods = set()
     for row, task in enumerate(tasks):
         name, factor = _measure(scene, task)
@@ -508,7 +324,7 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
                     color=style.colour,
                     marker=style.marker,
                     linestyle=style.line,
-                    **_edge(style),
+                    **edge(style),
                     elinewidth=0.8,
                     capsize=2,
                 )
@@ -550,7 +366,7 @@ def _name_positions(axes: Axes, positions: pandas.Series) -> None:
 
 def _trade_off(scene, look, cells) -> Figure:
     """Test score against bytes, memory and compute; the grey line is what no competitor beats in both."""
-    figure, grid = _panels(len(cells), 3, sharey="row", sharex="col")
+    figure, grid = panels(len(cells), 3, sharey="row", sharex="col")
     costs = [
         ("bytes", "sent up and down (MB)", 1e6),
         ("peak_memory_bytes", "peak memory (MiB)", 2**20),
@@ -574,7 +390,7 @@ def _trade_off(scene, look, cells) -> Figure:
             if row == len(cells) - 1:
                 axes.set_xlabel(x_label)
             if wide[cost]:
-                _logarithmic(axes)
+                logarithmic_axis(axes)
             if some.empty:
                 axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", color="#777777")
                 continue
@@ -623,8 +439,8 @@ def _draw_front(axes: Axes, points: list[tuple[float, float]], greater_is_better
 def _memory(scene, tasks) -> Figure:
     """Peak memory of a client's turn, stacked by kind, mean over partitions and seeds."""
     count = max(1, len(scene.methods))
-    figure, grid = _panels(1, len(tasks), height=0.18 * count + 0.55, sharey=True)
-    unit, word = _memory_unit(scene.runs["peak_memory_bytes"].max())
+    figure, grid = panels(1, len(tasks), height=0.18 * count + 0.55, sharey=True)
+    unit, word = memory_unit(scene.runs["peak_memory_bytes"].max())
     for column, task in enumerate(tasks):
         axes = grid[0, column]
         axes.set_title(_label(task), pad=3)
@@ -637,39 +453,19 @@ def _memory(scene, tasks) -> Figure:
             if own["peak_memory_bytes"].notna().sum() == 0:
                 axes.text(0, place, " no runs", va="center", fontsize=6.5, color="#777777")
                 continue
-            left = 0.0
-            for kind, _, colour, hatch in _KINDS:
-                width = own[kind].mean() / unit
-                axes.barh(
-                    place,
-                    width,
-                    left=left,
-                    height=0.72,
-                    color=colour,
-                    hatch=hatch,
-                    edgecolor="white",
-                    linewidth=0.3,
-                )
-                left += width
-            text = f" {left:,.0f}" if left >= 100 else f" {left:.3g}"
-            axes.text(left, place, text, va="center", fontsize=6.5)
+            stack(axes, place, [own[kind].mean() / unit for kind, *_ in KINDS])
         axes.set_xlim(0, widest * 1.16 if math.isfinite(widest) else 1.0)
         axes.set_yticks(range(len(scene.methods)), [scene.titles[method] for method in scene.methods])
         axes.set_ylim(len(scene.methods) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="white") for _, _, colour, hatch in _KINDS]
-    _legend(figure, handles, [label for _, label, _, _ in _KINDS])
+    kinds_legend(figure)
     return figure
-
-
-def _memory_unit(largest: float) -> tuple[float, str]:
-    return (2**30, "GiB") if largest >= 10 * 2**30 else (2**20, "MiB")
 
 
 def _memory_by_block(scene, look, tasks) -> Figure:
     """Peak memory of a turn by the block that it trains; level lines are methods without blocks."""
-    figure, grid = _panels(1, len(tasks), height=1.75, sharey=True)
-    unit, word = _memory_unit(scene.runs["peak_memory_bytes"].max())
+    figure, grid = panels(1, len(tasks), height=1.75, sharey=True)
+    unit, word = memory_unit(scene.runs["peak_memory_bytes"].max())
     methods = set()
     for column, task in enumerate(tasks):
         axes = grid[0, column]
@@ -696,7 +492,7 @@ def _memory_by_block(scene, look, tasks) -> Figure:
                     color=style.colour,
                     linestyle=style.line,
                     marker=style.marker,
-                    **_edge(style),
+                    **edge(style),
                 )
             elif len(own) and method not in scene.controls:
                 level = own["peak_memory_bytes"].mean() / unit
@@ -721,7 +517,7 @@ def _block_order(block: str) -> tuple:
 
 def _partitions(files: Sequence[PartitionFile], tasks, partitions) -> Figure:
     """Each client's examples, stacked by label; of each task and partition the lowest seed."""
-    figure, grid = _panels(len(tasks), len(partitions), height=1.6)
+    figure, grid = panels(len(tasks), len(partitions), height=1.6)
     for row, task in enumerate(tasks):
         last = None
         for column, partition in enumerate(partitions):

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from synthetic import TITLES, synthetic_partition, write_study
 
-from fedlm import figures, results
+from fedlm import drawing, figures, results
 from fedlm.errors import UserError
 
 # Another process, whose reader has other settings and hashes.
 AGAIN = """
 import json, sys
 import matplotlib
-from fedlm import figures
+from fedlm import drawing, figures
 matplotlib.rcParams.update({"font.size": 20, "axes.grid": False, "figure.dpi": 50, "pdf.compression": 0})
 before = dict(matplotlib.rcParams)
 runs, rounds, partitions, titles, destination, expected = json.loads(sys.argv[1])
@@ -67,8 +67,8 @@ def test_every_figure_is_drawn_as_pdf_and_png(drawn):
     for path in paths:
         if path.suffix == ".png":
             assert is_drawn(path), path
-            width = Image.open(path).width / figures.SETTINGS["savefig.dpi"]
-            assert width == pytest.approx(figures.WIDTH, abs=0.01)
+            width = Image.open(path).width / drawing.SETTINGS["savefig.dpi"]
+            assert width == pytest.approx(drawing.WIDTH, abs=0.01)
         else:
             content = path.read_bytes()
             assert content.startswith(b"%PDF") and b"Date" not in content and b"Matplotlib" not in content
@@ -118,14 +118,14 @@ def test_another_process_with_other_settings_draws_the_same_bytes(drawn):
     ids=["one run", "one control that sends nothing", "perplexity, sizes only"],
 )
 def test_small_studies_do_not_crash(tmp_path, changes, monkeypatch):
-    monkeypatch.setitem(figures.SETTINGS, "savefig.dpi", 60)
+    monkeypatch.setitem(drawing.SETTINGS, "savefig.dpi", 60)
     arguments, expected = study(tmp_path, **changes)
     for path in figures.make(*arguments, {}, tmp_path / "figures", expected):
         assert path.stat().st_size > 1000
 
 
 def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypatch):
-    monkeypatch.setitem(figures.SETTINGS, "savefig.dpi", 60)
+    monkeypatch.setitem(drawing.SETTINGS, "savefig.dpi", 60)
 
     def nothing_of_one_cell(path):
         return "bbc_news/iid" in path or "dirichlet_1/fedavg/seed2" in path
@@ -156,7 +156,7 @@ def test_large_studies_go_on_in_further_files(tmp_path, monkeypatch):
     assert "memory_2" in figures.names(5, 1) and "memory_2" not in figures.names(4, 9)
     assert "partitions_3" in figures.names(4, 9) and "trade_off_9" in figures.names(4, 9)
     monkeypatch.setattr(figures, "PER_PAGE", 1)
-    monkeypatch.setitem(figures.SETTINGS, "savefig.dpi", 60)
+    monkeypatch.setitem(drawing.SETTINGS, "savefig.dpi", 60)
     arguments, expected = study(tmp_path, partitions=("iid",), methods=("fedavg",), seeds=(1,), rounds=1)
     paths = figures.make(*arguments, {}, tmp_path / "figures", expected)
     assert sorted(path.stem for path in paths if path.suffix == ".pdf") == sorted(figures.names(2, 1))
@@ -164,13 +164,13 @@ def test_large_studies_go_on_in_further_files(tmp_path, monkeypatch):
 
 
 def test_known_methods_keep_their_style_and_new_ones_get_their_own():
-    alone = figures.styles(["fedavg"])["fedavg"]
-    among = figures.styles(["my_method", "zz", "fedcybgd", "fedavg"])
+    alone = drawing.styles(["fedavg"])["fedavg"]
+    among = drawing.styles(["my_method", "zz", "fedcybgd", "fedavg"])
     assert among["fedavg"] == alone
     assert list(among) == ["my_method", "zz", "fedcybgd", "fedavg"]
-    many = figures.styles([*figures._KNOWN, *(f"own_{number}" for number in range(7))])
+    many = drawing.styles([*drawing.KNOWN, *(f"own_{number}" for number in range(7))])
     assert len({style.marker for style in many.values()}) == len(many)
-    assert figures.styles(["b", "a"]) == figures.styles(["a", "b"])
+    assert drawing.styles(["b", "a"]) == figures.styles(["a", "b"])
 
 
 @pytest.mark.parametrize(("clients", "labels"), [(3, 2), (41, 2), (500, 77)])
@@ -197,8 +197,8 @@ def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
     rounds = results.load_rounds(arguments[1])
     for key in ("task", "partition", "method"):
         rounds[key] = rounds[key].astype(str)
-    look = figures.styles(scene.methods)
-    with matplotlib.rc_context(figures.SETTINGS):
+    look = drawing.styles(scene.methods)
+    with matplotlib.rc_context(drawing.SETTINGS):
         drawings = {
             "rounds": figures._over_rounds(scene, rounds, look, scene.tasks, scene.partitions),
             "bytes": figures._over_bytes(scene, rounds, look, scene.tasks, scene.partitions),
