@@ -26,13 +26,12 @@ class Instruments:
     def __init__(self) -> None:
         self.memory: dict[str, Memory] = {}
         self.dropped: tuple[int, ...] = ()
-        self._largest: dict[str, int] = {}
+        self.largest: dict[str, int] = {}
         self._flops: dict[tuple, int] = {}
 
     def count(self, segment: "Segment", batch: dict[str, Tensor], work: Callable[[], Tensor]):
         """Run `work` and return its result and the FLOPs of its forward and backward pass."""
-        shapes = ((name, value.shape) for name, value in batch.items())
-        key = (hash(tuple(segment.trainable)), self.dropped, *shapes)
+        key = self._shape(segment, batch)
         if key in self._flops:
             return work(), self._flops[key]
         with flop_counter() as counter:
@@ -40,9 +39,18 @@ class Instruments:
         self._flops[key] = counter.get_total_flops()
         return result, self._flops[key]
 
+    def flops_of(self, segment: "Segment", batch: dict[str, Tensor], work: Callable[[], Tensor]) -> int:
+        """Return the FLOPs of `work`, which is only run if no work of its shape was."""
+        key = self._shape(segment, batch)
+        return self._flops[key] if key in self._flops else self.count(segment, batch, work)[1]
+
+    def _shape(self, segment: "Segment", batch: dict[str, Tensor]) -> tuple:
+        shapes = ((name, value.shape) for name, value in batch.items())
+        return (hash(tuple(segment.trainable)), self.dropped, *shapes)
+
     def knows_memory(self, segment: "Segment", size: int) -> bool:
         """Return whether a step of the segment at least as large was measured already."""
-        return self._largest.get(self._work(segment), 0) >= size
+        return self.largest.get(self._work(segment), 0) >= size
 
     def measure(
         self,
@@ -53,7 +61,7 @@ class Instruments:
         state: Callable[[], Iterable[Tensor]],
     ) -> None:
         """Measure the peak of live tensors during `step` and note it under the segment's label."""
-        self._largest[self._work(segment)] = size
+        self.largest[self._work(segment)] = size
         found = measure_step(step, model, state)
         known = self.memory.get(segment.label)
         if known is None or found.peak > known.peak:
@@ -62,11 +70,11 @@ class Instruments:
     def books(self) -> dict[str, dict]:
         """Return the memory found so far as plain values, for a checkpoint."""
         memory = {label: asdict(memory) for label, memory in self.memory.items()}
-        return {"largest": self._largest, "memory": memory}
+        return {"largest": self.largest, "memory": memory}
 
     def restore(self, books: dict[str, dict]) -> None:
         """Continue from what `books` returned."""
-        self._largest = dict(books["largest"])
+        self.largest = dict(books["largest"])
         self.memory = {label: Memory(**memory) for label, memory in books["memory"].items()}
 
     def _work(self, segment: "Segment") -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fedlm import blocks, compression, payload, pruning
 from fedlm.compression import LayerDrop, Prune, Quantize, Stale
@@ -28,7 +27,8 @@ class Link:
     The other caches cost nothing per client.
 
     To foretell sizes, `plan(..., values=False)`, it needs of the federation `method`, `server`, `model` and
-    `seed`, whose tensors may be fake. Raises UserError if the method leaves nothing to reduce.
+    `seed`, whose tensors may be without values (meta). Raises UserError if the method leaves nothing to
+    reduce.
     """
 
     def __init__(self, federation: "Federation") -> None:
@@ -64,7 +64,7 @@ class Link:
         """Return what travels to the client, each parameter in the form in which it travels.
 
         Nothing is noted. With `values=False` pruned matrices come without a mask, only with the number of
-        values that it keeps: enough for `payload.size`, and all that can be known of fake tensors.
+        values that it keeps: enough for `payload.size`, and all that can be known without values.
         """
         trained = set(self.method.trainable(client, round))
         free = self._free(trained)
@@ -94,8 +94,12 @@ class Link:
 
     def depth(self, client: int, round: int) -> AbstractContextManager:
         """Return a context in which the resident model has only the layers of the client's copy."""
-        dropped = self._dropped(self._free(self.method.trainable(client, round)), client, round)
+        dropped = self.dropped(client, round)
         return self._without(dropped) if dropped else nullcontext()
+
+    def dropped(self, client: int, round: int) -> list[int]:
+        """Return the numbers of the layers that the client's copy lacks."""
+        return self._dropped(self._free(self.method.trainable(client, round)), client, round)
 
     def receive(self, client: int, message: bytes) -> dict[str, Tensor]:
         """Return the values of the client's copy: pretrained, overlaid by what it kept and was sent."""
@@ -239,5 +243,5 @@ class Link:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal; fake ones, which have no values, only if they are the same."""
-    return one is other or (not isinstance(one, FakeTensor) and torch.equal(one, other))
+    """Return whether two tensors are equal; those without values only if they are the same."""
+    return one is other or (not one.is_meta and torch.equal(one, other))

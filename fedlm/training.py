@@ -155,12 +155,26 @@ class LocalOptimizer:
                 self.optimizer.state[updated] = state
 
 
+def state_of(names: Iterable[str], parameters: dict[str, Tensor], settings: Training) -> dict[str, Tensor]:
+    """Return tensors without values, named and shaped as `LocalOptimizer.moments` after a step."""
+    kinds = ("exp_avg", "exp_avg_sq") if settings.optimizer == "adamw" else ("momentum_buffer",)
+    if settings.optimizer == "sgd" and not settings.momentum:
+        return {}
+    state = {}
+    for name in names:
+        for kind in kinds:
+            state[f"{name}@{kind}"] = torch.empty(parameters[name].shape, device="meta")
+        if settings.optimizer == "adamw":
+            state[f"{name}@step"] = torch.empty((), device="meta")
+    return state
+
+
 class Turn:
     """One client's turn, as a method sees it.
 
     Attributes: `client`, `round` (from 1); `examples` the client holds; `steps` is the number of optimizer
     steps; `model` is the client's working copy; `received` the values it started from; `kept` what the client
-    keeps for its next turn, which a method may write to; `loss` the mean loss over the turn's steps.
+    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps.
     """
 
     def __init__(
@@ -208,6 +222,10 @@ class Turn:
             values = {**handed, **values}
         return values
 
+    def keep(self, values: dict[str, Tensor]) -> None:
+        """Let the client keep these values for its next turn."""
+        self.kept.update({name: value.detach().to("cpu", copy=True) for name, value in values.items()})
+
     def fit(self, segment: Segment) -> None:
         """Train the segment's parameters for its number of steps; freeze all others.
 
@@ -226,6 +244,10 @@ class Turn:
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss}")
         self.loss += loss * len(plan) / self.steps
+        self._keep(optimizer)
+
+    def _keep(self, optimizer: LocalOptimizer) -> None:
+        """Keep what was trained, and the optimizer's state where someone goes on from it."""
         self._values.update(optimizer.values())
         if self.moments != "reset":
             moments = optimizer.moments()
@@ -247,11 +269,11 @@ class Turn:
     def _step(self, step: Step, optimizer: LocalOptimizer, segment: Segment | None) -> Tensor:
         """Make one optimizer step and return its mean loss; without a segment, count no FLOPs."""
         batches = [self._make_batch(indices) for indices in step]
-        targets = [_targets(batch) for batch in batches] if len(batches) > 1 else [1]
+        targets = [self._targets(batch) for batch in batches] if len(batches) > 1 else [1]
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
         for batch, weight in zip(batches, targets, strict=True):
             share = weight / max(1, sum(targets))
-            work = _ForwardBackward(self.model, batch, self.settings, share)
+            work = ForwardBackward(self.model, batch, self.settings, share)
             if segment is None:
                 loss += work()
             else:
@@ -281,12 +303,11 @@ class Turn:
         before = {name: value.detach().clone() for name, value in parameters.items()}
         optimizer = self._optimizer(segment)
         self.model.train()
-        # The first step only makes the optimizer's state, for which one example does.
-        steps = iter([[step[0][:1]], step])
+        parts = iter([self._make_state, self._probed_step])
         self._instruments.measure(
             segment,
             self._shape(step),
-            lambda: self._step(next(steps), optimizer, None),
+            lambda: next(parts)(step, optimizer, segment),
             self.model,
             optimizer.state,
         )
@@ -294,6 +315,14 @@ class Turn:
             for name, value in before.items():
                 parameters[name].copy_(value)
                 parameters[name].grad = None
+
+    def _make_state(self, step: Step, optimizer: LocalOptimizer, segment: Segment) -> None:
+        """Let the optimizer make its state, for which a step of one example does."""
+        self._step([step[0][:1]], optimizer, None)
+
+    def _probed_step(self, step: Step, optimizer: LocalOptimizer, segment: Segment) -> None:
+        """Do the step whose memory counts."""
+        self._step(step, optimizer, None)
 
     def _largest(self) -> Step:
         """Return the step to probe: the largest forward pass, twice where gradients are accumulated."""
@@ -307,8 +336,18 @@ class Turn:
     def _shape(self, step: Step) -> int:
         return sum(map(self._elements, step))
 
+    @staticmethod
+    def _targets(batch: Batch) -> int:
+        """Return how many values the batch's mean loss is a mean of."""
+        labels = batch.get("labels")
+        if labels is None:
+            return len(next(iter(batch.values())))
+        if labels.is_floating_point() or labels.dim() == 1:
+            return len(labels)
+        return max(1, int((labels[:, 1:] != -100).sum()))
 
-class _ForwardBackward:
+
+class ForwardBackward:
     """The forward and backward pass of one batch; called, it returns the loss times its share."""
 
     def __init__(self, model: Module, batch: Batch, settings: Training, share: float) -> None:
@@ -329,13 +368,3 @@ class _ForwardBackward:
         # Transformers' own loss would not know that soft prompts shift the positions of the answer.
         inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
         return losses("question_answering", self.model(**inputs), self.batch).mean()
-
-
-def _targets(batch: Batch) -> int:
-    """Return how many values the batch's mean loss is a mean of."""
-    labels = batch.get("labels")
-    if labels is None:
-        return len(next(iter(batch.values())))
-    if labels.is_floating_point() or labels.dim() == 1:
-        return len(labels)
-    return max(1, int((labels[:, 1:] != -100).sum()))

@@ -106,7 +106,7 @@ class FedLoRA(Method):
         values = super().upload(turn)
         if self.config.variant == "fedsa":
             own = {name: value for name, value in values.items() if "lora_B" in name}
-            turn.kept.update({name: value.cpu().clone() for name, value in own.items() if "@" not in name})
+            turn.keep({name: value for name, value in own.items() if "@" not in name})
             values = {name: value for name, value in values.items() if name not in own}
         return values
 
