@@ -206,6 +206,110 @@ def figures(
 
 
 @app.command()
+def costs(
+    config: Annotated[Path | None, typer.Option("--config", help="A study, instead of models.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Label, folder, config.json or hub id; repeatable. [all labels]")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Name of a method; repeatable. [the four core methods]")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of task. [what the model is made for]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[encoders: 64, decoders: 1]")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens. [encoders: 128, decoders: 512]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a turn.")] = 10,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    weights: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    payload: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute layers in backward.")] = False,
+    clients: Annotated[int, typer.Option(min=1, help="32 let every block occur.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    positions: Annotated[
+        int, typer.Option(min=0, help="Blocks at which a step is measured, of many alike; 0: all.")
+    ] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the tables. [results/costs for the whole table]")
+    ] = None,
+    drawings: Annotated[
+        Path | None, typer.Option("--figures", help="Folder for figures. [figures/costs]")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="With --config: only write what jobs need to this file.")
+    ] = None,
+) -> None:
+    """Foretell bytes, memory and FLOPs of methods on models, without weights, data, GPU or network.
+
+    Without --config, --model and --method: the table of the four core methods on all labelled models, also
+    written to results/costs and figures/costs. With them, it is written where --output and --figures say.
+    """
+    from pydantic import ValidationError
+
+    from fedlm import cost_report as report
+    from fedlm import tables as table_module
+    from fedlm.config import Federation, Training
+    from fedlm.costs import Costs
+    from fedlm.model_config import ModelConfig
+    from fedlm.models import CATALOGUE
+
+    if predictions is not None and config is None:
+        raise UserError("--predictions: needs --config, the study whose jobs ask")
+    if config is not None and (model or method):
+        raise UserError("--config: allowed without --model and --method, which the study names")
+    if config is not None:
+        from fedlm.check import check as check_study
+
+        study = _study(config)
+        check_study(study)
+        cases = report.of_study(study, steps, for_requests=predictions is not None)
+    else:
+        try:
+            shared = {
+                "kind": kind,
+                "batch_size": batch_size,
+                "length": length,
+                "steps": steps,
+                "federation": Federation(clients=clients, rounds=rounds),
+                "training": Training(accumulation=accumulation, optimizer=optimizer).model_dump(
+                    exclude_unset=True
+                ),
+                "loading": {"weights": weights, "gradient_checkpointing": gradient_checkpointing},
+                "payload": payload,
+            }
+            ModelConfig(source="x", **shared["loading"])
+            cases = [
+                report.stated(one, name, **shared)
+                for one in model or CATALOGUE
+                for name in method or report.CORE
+            ]
+        except ValidationError as error:
+            fault = error.errors()[0]
+            option = str(fault["loc"][-1]).replace("_", "-")
+            raise UserError(f"--{option}: {fault['input']!r}; {fault['msg']}") from None
+    found = report.cost_all(cases, positions or None, say=lambda line: print(line, file=sys.stderr))
+    if predictions is not None:
+        report.write_requests(predictions, cases, found)
+    failed = [one for one in found if not isinstance(one, Costs)]
+    for case, one in zip(cases, found, strict=True):
+        if one in failed:
+            print(f"error: {case.title} on {case.model}: {one}", file=sys.stderr)
+    good = [(case, one) for case, one in zip(cases, found, strict=True) if one not in failed]
+    if good and predictions is None:
+        whole = config is None and not model and not method
+        cases, found = zip(*good, strict=True)
+        rows = report.frame(cases, found)
+        print(report.terminal(rows))
+        tables, drawn = (output or Path("results/costs"), drawings or Path("figures/costs"))
+        if whole or output:
+            table_module.write(report.tables(rows, report.block_frame(cases, found)), tables)
+            print(f"\ntables   {tables}")
+        if whole or drawings:
+            report.figures(rows, report.block_frame(cases, found), drawn)
+            print(f"figures  {drawn}")
+    raise typer.Exit(2 if failed else 0)
+
+
+@app.command()
 def methods() -> None:
     """List the methods, with reference and one line each."""
     from fedlm.method import discover

@@ -77,7 +77,7 @@ class Pipeline(Settings):
 
     threads: int = Field(1, ge=1, le=1024, description="processor cores of one job")
     runs_per_job: int = Field(1, ge=1, le=10_000, description="runs that share one process")
-    memory_mb: int = Field(3000, ge=256, description="memory of a job where no prediction says more")
+    memory_mb: int = Field(3000, ge=256, description="memory of a job for which there is no prediction")
     minutes: int = Field(60, ge=1, description="time limit of a job")
     gpus: int = Field(0, ge=0, le=64, description="GPUs of one training job")
 

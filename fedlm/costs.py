@@ -40,7 +40,8 @@ class Costs:
     `broadcast_bytes` is the pretrained model, sent to each client once; `download_bytes` and `upload_bytes`
     are of the whole run, as are `flops`. `turns` counts the turns, `answered` those that ended in an upload.
     `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
-    were not done: they lie between alike blocks that were.
+    were not done: they lie between alike blocks that were. `kept_bytes` is what all clients together keep
+    after the run. In `alike`, segments that differ in their position only have the same number.
     """
 
     parameters: int
@@ -51,9 +52,11 @@ class Costs:
     upload_bytes: int
     turns: int
     answered: int
+    kept_bytes: int
     flops: int
     memory: dict[str, Memory]
     interpolated: tuple[str, ...]
+    alike: dict[str, int]
 
     @property
     def peak(self) -> Memory:
@@ -122,7 +125,9 @@ class _FakeTurn(Turn):
         optimizer.step(1.0)
 
     def _probed_step(self, step, optimizer, segment) -> None:
-        self._step(step, optimizer, segment)  # counts FLOPs, too
+        # FLOPs are counted on the way, unless layers are computed again: the counter keeps their insides.
+        again = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        self._step(step, optimizer, None if again else segment)
 
     def count_flops(self, segment: Segment, step: Step) -> int:
         """Return the FLOPs of a forward and backward pass."""
@@ -234,6 +239,13 @@ class _Rehearsal(Federation):
         with self.link.depth(occasion.client, occasion.round):
             return self._fake_turn(occasion).count_flops(occasion.segment, occasion.step)
 
+    def kept_bytes(self) -> int:
+        """Return the bytes of all that clients keep; what several have in the same version is held once."""
+        own = sum(value.nbytes for kept in self.server.kept.values() for value in kept.values())
+        seen = {(name, version) for books in self.link.seen.values() for name, (version, _) in books.items()}
+        initial = self.server.initial
+        return own + sum(initial[name].nbytes for name, version in seen if version and name in initial)
+
     def _fake_turn(self, occasion: _Occasion) -> _FakeTurn:
         return _FakeTurn(self.model, self.training, [occasion.step], self.batches, self.instruments)
 
@@ -320,6 +332,8 @@ def predict(
         if work.what not in by_label or peak.peak > by_label[work.what].peak:
             by_label[work.what] = peak
     exchanged = run.server.initial
+    groups = {work.what: _place(work, occasion)[0] for work, occasion in occasions.items()}
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
     return Costs(
         parameters=parameters,
         exchanged=sum(value.numel() for value in exchanged.values()),
@@ -329,11 +343,13 @@ def predict(
         upload_bytes=run.ledger.upload,
         turns=run.turns,
         answered=run.answered,
+        kept_bytes=run.kept_bytes(),
         flops=sum(round(flops[work]["flops"]) * count for work, count in book.count.items()),
         memory=by_label,
         interpolated=tuple(
             dict.fromkeys(work.what for work, found in memory.items() if found.get("interpolated"))
         ),
+        alike={label: numbers[group] for label, group in groups.items()},
     )
 
 

@@ -8,7 +8,7 @@ that are missing. The same records give the same bytes.
 
 import math
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,6 +68,15 @@ def make(
         reference_table(scene, reference_path),
     ]
     destination = Path(destination)
+    written = write(tables, destination)
+    path = destination / "missing.csv"
+    absent = pandas.DataFrame(scene.absent, columns=list(results.Expected._fields))
+    write_atomically(path, absent.to_csv(index=False, lineterminator="\n").encode())
+    return [*written, path]
+
+
+def write(tables: Iterable[Table], destination: Path) -> list[Path]:
+    """Write each table as `<name>.csv`, `.md` and `.tex`; return their paths."""
     written = []
     for table in tables:
         for ending, content in (
@@ -75,13 +84,9 @@ def make(
             ("md", markdown(table)),
             ("tex", latex(table)),
         ):
-            path = destination / f"{table.name}.{ending}"
-            write_atomically(path, content.encode())
-            written.append(path)
-    path = destination / "missing.csv"
-    absent = pandas.DataFrame(scene.absent, columns=list(results.Expected._fields))
-    write_atomically(path, absent.to_csv(index=False, lineterminator="\n").encode())
-    return [*written, path]
+            written.append(destination / f"{table.name}.{ending}")
+            write_atomically(written[-1], content.encode())
+    return written
 
 
 def points(values: pandas.Series, greater_is_better: bool) -> pandas.Series:

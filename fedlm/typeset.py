@@ -86,6 +86,8 @@ def markdown(table: Table) -> str:
 
 _TEXT_COLUMNS = {
     "Task",
+    "Model",
+    "Block",
     "Partition",
     "Method",
     "Measure",

@@ -1,16 +1,33 @@
 """Costs are foretold: bytes and FLOPs exactly, memory within 1%, for every method in the folder."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy
+import pandas
 import pytest
+import tiny
+import tiny_study
 import torch
 import worlds
-from test_methods import CASES, IDS, defaults
+from test_methods import CASES, IDS, KINDS, defaults
 
-from fedlm import costs
+from fedlm import __main__ as program
+from fedlm import config, costs
+from fedlm import cost_report as report
+from fedlm.config import Federation as FederationConfig
+from fedlm.config import Training
 from fedlm.data import Prepared
 from fedlm.federation import _Batches
+from fedlm.method import discover
 from fedlm.model_config import ModelConfig
 
 GIB = 2**30
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +41,7 @@ def one_thread():
 
 @pytest.fixture
 def padded(monkeypatch):
-    """Let every batch hold padding: Transformers drops a mask that masks nothing, and fake ones never show."""
+    """Let every batch hold padding: a mask that masks nothing is dropped, which fake ones cannot show."""
     batch = Prepared.batch
 
     def with_padding(data, indices):
@@ -80,3 +97,160 @@ def test_prediction_is_measurement_for_every_method(name, settings, place, padde
     found = foretell(run, place)
     agree(run, found)
     assert found.exchanged == sum(run.server.tensors[name].numel() for name in run.method.exchanged)
+
+
+@pytest.mark.parametrize(("name", "family", "kind"), KINDS)
+def test_prediction_is_measurement_in_each_family_and_kind(name, family, kind, place, padded):
+    run = ran(name, place, family=family, kind=kind, rounds=1, **defaults(name, {}))
+    agree(run, foretell(run, place, family=family))
+
+
+@pytest.mark.parametrize("family", ["bloom", "glm", "mobillama"])
+@pytest.mark.parametrize("name", ["fedavg", "fedcybgd", "fedlora"])
+def test_prediction_is_measurement_in_further_families(name, family, place, padded):
+    run = ran(name, place, family=family, kind="causal", rounds=1)
+    agree(run, foretell(run, place, family=family))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training": {"accumulation": 2}},
+        {"training": {"optimizer": "sgd", "momentum": 0.9}, "moments": "handed_on"},
+        {"training": {"autocast": "bfloat16"}},
+        {"training": {"largest_gradient_norm": 1.0, "local_epochs": 2}},
+        {"model": {"weights": "bfloat16"}, "payload": "bfloat16"},
+        {"model": {"gradient_checkpointing": True}},
+        {"federation": {"dropout_rate": 0.5, "participation": 0.7}, "clients": 5},
+        {"scheme": {"scheme": "quantity", "alpha": 0.5}, "clients": 4},
+        {"cache": "last_visit", "order": "shifted", "rounds": 3},
+        {"cache": "pretrained", "compression": {"operator": "stale", "share": 0.5}, "rounds": 3},
+        {"compression": {"operator": "prune", "sparsity": 0.6, "criterion": "magnitude"}},
+        {"compression": {"operator": "quantize"}},
+        {"compression": {"operator": "layer_drop", "rate": 0.5}},
+    ],
+    ids=str,
+)
+def test_prediction_is_measurement_under_every_lever(options, place, padded):
+    run = ran("fedcybgd", place, **options)
+    agree(run, foretell(run, place, options.get("model")))
+
+
+def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp_path):
+    source = ModelConfig(source=str(tiny.save(tmp_path / "deep", "roberta", layers=9, hidden=64)))
+
+    def predict(order, positions, **settings):
+        kind = discover()["fedcybgd"]
+        return costs.predict(
+            kind(kind.Config(order=order, **settings), 9, 0),
+            source,
+            "classification",
+            2,
+            [numpy.arange(8)] * 9,
+            costs.StatedBatches("classification", 32),
+            FederationConfig(clients=9, rounds=2),
+            Training(batch_size=8),
+            positions,
+        )
+
+    for order, settings in (("ascending", {}), ("random", {"blocks_per_turn": 3})):
+        exact, sampled = predict(order, None, **settings), predict(order, 3, **settings)
+        assert not exact.interpolated and sampled.interpolated
+        assert sampled.flops == exact.flops
+        assert sampled.memory.keys() == exact.memory.keys()
+        assert sampled.peak.peak == pytest.approx(exact.peak.peak, rel=0.001)
+        for label, memory in exact.memory.items():
+            assert sampled.memory[label].peak == pytest.approx(memory.peak, rel=0.1)
+    assert len(sampled.interpolated) < len(sampled.memory)
+
+
+def test_the_figures_of_the_paper_scale():
+    """shared facts: RoBERTa-base 64 x 128 with its dropout, LLaMA-2-7B 1 x 512, float32, AdamW."""
+    case = report.stated("roberta_base", "fedcybgd", loading={"dropout": "model"})
+    found = report.cost(case, 3)
+    assert found.parameters == 124_647_170
+    assert found.memory["block 0"].peak / GIB == pytest.approx(5.66, rel=0.02)
+    assert found.memory["block 11"].peak / GIB == pytest.approx(1.19, rel=0.02)
+    assert found.upload_bytes / found.turns / 4 / 124_647_170 == pytest.approx(0.062, abs=0.0005)
+    whole = report.cost(report.stated("roberta_base", "fedavg", loading={"dropout": "model"}), 3)
+    assert whole.memory["all"].peak / GIB == pytest.approx(8.30, rel=0.02)
+    llama = report.cost(report.stated("llama2_7b", "fedcybgd"), 3)
+    assert llama.parameters == 6_738_415_616
+    assert llama.memory["block 0"].peak / GIB == pytest.approx(30.4, rel=0.02)
+    assert llama.memory["block 31"].peak / GIB == pytest.approx(27.9, rel=0.02)
+    assert llama.upload_bytes / llama.turns / 4 == pytest.approx(202_383_360, rel=1e-4)
+    whole = report.cost(report.stated("llama2_7b", "fedavg", federation=FederationConfig(clients=1)), 3)
+    assert whole.memory["all"].peak / GIB == pytest.approx(101.4, rel=0.02)
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "fedlm", "costs", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+def test_a_table_for_any_config_json(tmp_path):
+    folder = tiny.save(tmp_path / "own", "gpt2")
+    shape = tmp_path / "shape.json"
+    shape.write_text((folder / "config.json").read_text())
+    for source in (folder, shape):
+        done = command(
+            *("--model", source, "--method", "fedcybgd", "--method", "fedlora", "--length", 16),
+            *("--output", tmp_path / "out", "--figures", tmp_path / "drawn"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "FedCyBGD" in done.stdout and "FedLoRA" in done.stdout
+    rows = pandas.read_csv(tmp_path / "out/costs.csv")
+    assert list(rows["method"]) == ["fedcybgd", "fedlora"]
+    parts = rows[["parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes"]].sum(axis=1)
+    assert (parts == rows["peak_memory_bytes"]).all()
+    traffic = pandas.read_csv(tmp_path / "out/traffic_time.csv")
+    sent = rows["turn_download_bytes"] + rows["turn_upload_bytes"]
+    assert traffic["seconds_at_5_mbit"].tolist() == pytest.approx((sent * 8 / 5e6).tolist())
+    fits = pandas.read_csv(tmp_path / "out/fits.csv")
+    assert fits["fits_4_gb"].all()
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+        f"{name}.{ending}"
+        for name in ("memory", "memory_by_block", "bytes_a_round")
+        for ending in ("pdf", "png")
+    }
+
+
+def test_predictions_for_the_jobs_of_a_study(tmp_path):
+    study = tiny_study.write(tmp_path, methods={"fedavg": None, "local_only": None})
+    done = command("--config", study, "--predictions", tmp_path / "predictions.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    (task,) = {key.split("/")[0] for key in found}
+    whole, kept = found[f"{task}/fedavg"], found[f"{task}/local_only"]
+    assert whole["peak_memory_bytes"] > whole["parameter_bytes"] > 0
+    assert whole["kept_bytes"] == 0
+    clients = config.load(study).federation.clients
+    assert kept["kept_bytes"] == pytest.approx(clients * kept["exchanged_bytes"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "roberta_base", "--length", 600], "--length: 600; allowed: at most 512"),
+        (["--model", "bert_huge"], "model: unknown label 'bert_huge'"),
+        (["--method", "fedsgd"], "--method: 'fedsgd'; allowed: centralized, fedadapter"),
+        (["--model", "minilm", "--weights", "int4"], "--weights: 'int4'"),
+        (["--model", "minilm", "--kind", "poetry"], "--kind: 'poetry'; allowed: classification"),
+        (["--model", "minilm", "--kind", "causal"], "reads text in both directions"),
+        (["--model", "some/absent", "--method", "fedavg"], "the hub cannot be reached"),
+        (["--predictions", "x.json"], "--predictions: needs --config"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+    ],
+    ids=str,
+)
+def test_bad_input_ends_in_one_line(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fedlm", "costs", *map(str, arguments)])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert program.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and told in line

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fedlm import models, payload
+from fedlm import costs, models, payload
 from fedlm.config import Federation as FederationConfig
 from fedlm.config import Training
 from fedlm.data import prepare
-from fedlm.federation import Federation
+from fedlm.federation import Federation, _Batches
 from fedlm.method import discover
 from fedlm.models import ModelConfig
 from fedlm.task import discover as discover_tasks
@@ -67,3 +67,17 @@ def test_a_turn_of_each_method(name, news):
     )
     if name in UPLOADS:
         assert run.ledger.upload == UPLOADS[name]
+    foretold = costs.predict(
+        kind(kind.Config(), 2, 1),
+        MINILM,
+        "classification",
+        5,
+        [split.train[:10], split.train[10:]],
+        _Batches(news, torch.device("cpu")),
+        run.settings,
+        run.training,
+    )
+    assert (foretold.upload_bytes, foretold.download_bytes) == (run.ledger.upload, run.ledger.download)
+    assert foretold.broadcast_bytes == run.ledger.broadcast_size
+    assert foretold.flops == run.flops
+    assert foretold.peak.peak == pytest.approx(memory.peak, rel=0.01)

@@ -134,8 +134,7 @@ def test_study_on_slurm(cluster, tmp_path):
     }
     assert sorted(state for state, _ in cluster.jobs().values()) == ["COMPLETED", "FAILED"]
     predicted = json.loads((place / "results/tiny/costs/predictions.json").read_text())["films/fedavg"]
-    exchanged = predicted.get("exchanged_bytes", predicted["parameter_bytes"])
-    memory = 2000 + (predicted["parameter_bytes"] + 5 * exchanged) // 10**6
+    memory = 2000 + (predicted["parameter_bytes"] + 5 * predicted["exchanged_bytes"]) // 10**6
     assert set(asked) == {f"7:00|2|{memory}M|gres:gpu:1|"}
     assert list(records(place)) == ["fedavg"]
     missing_runs = (place / "results/tiny/tables/missing.csv").read_text().split()
@@ -152,7 +151,8 @@ def test_whatever_happens_to_a_job_the_result_is_the_same(cluster, tmp_path):
     place = tmp_path / "slurm"
     predictions = place / "results/tiny/costs/predictions.json"
     predictions.parent.mkdir(parents=True)
-    long = {"peak_memory_bytes": 300_000_000, "parameter_bytes": 90_000_000, "exchanged_bytes": 50_000_000}
+    long = {"peak_memory_bytes": 300_000_000, "parameter_bytes": 90_000_000}
+    long |= {"exchanged_bytes": 50_000_000, "kept_bytes": 0}
     predictions.write_text(json.dumps({"films/long": long}))
 
     # Meanwhile the same study on this machine alone, undisturbed.
