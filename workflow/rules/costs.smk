@@ -20,4 +20,4 @@ rule predict:
     # Without a prediction the jobs still run: they ask for what the study says.
     shell:
         "{{ python3 -m fedlm costs --config {params.study:q} --predictions {output}"
-        " || echo '{{}}' > {output}; }} 2>&1 | tee {log}"
+        " || [ -s {output} ] || echo '{{}}' > {output}; }} 2>&1 | tee {log}"
