@@ -24,7 +24,7 @@ from fedlm.fake import fake_model
 from fedlm.federation import Federation
 from fedlm.instruments import Instruments, Ledger
 from fedlm.link import Link
-from fedlm.memory import KINDS, Memory
+from fedlm.memory import KINDS, Memory, older_objects_set_aside
 from fedlm.method import Method, Segment, Server, Upload
 from fedlm.model_config import ModelConfig
 from fedlm.models import Kind
@@ -320,7 +320,7 @@ def predict(
         return built
 
     run, parameters = None, 0
-    with fake_model(model, kind, num_labels, rehearse):
+    with fake_model(model, kind, num_labels, rehearse), older_objects_set_aside():
         book = run.book
         occasions = {work: occasion for work, (_, occasion) in book.largest.items()}
         memory = _measure(occasions, lambda one: asdict(run.memory(one)), positions)

@@ -22,6 +22,7 @@ from fedlm.config import Training
 from fedlm.data import Prepared, Split
 from fedlm.instruments import Instruments, Ledger
 from fedlm.link import Link
+from fedlm.memory import older_objects_set_aside
 from fedlm.method import Method, Server, Upload
 from fedlm.payload import PayloadError
 from fedlm.randomness import derive, isolated, numpy_stream
@@ -69,6 +70,7 @@ class Federation:
         self.link = Link(self)
         self.instruments = Instruments()
         self.rounds: list[dict[str, Any]] = []
+        self.clock = dict.fromkeys(("download", "probe", "train", "upload", "merge", "score"), 0.0)
         self.flops = 0
         self.cuda_peak = 0
         self.began, self.spent = time.perf_counter(), 0.0  # spent: seconds of processes that were interrupted
@@ -78,12 +80,16 @@ class Federation:
 
         Raises FailedRun when a loss or an update is not finite, or an upload is not what it must be.
         """
+        with older_objects_set_aside():
+            self._run(checkpoints)
+
+    def _run(self, checkpoints: Checkpoints | None) -> None:
         if checkpoints:
             self._resume(checkpoints)
         if not self.rounds:
             self.baseline = self._score(self.split.validation)
         for round in range(len(self.rounds) + 1, self.settings.rounds + 1):
-            self.clock = dict.fromkeys(("download", "probe", "train", "upload", "merge", "score"), 0.0)
+            self.clock = dict.fromkeys(self.clock, 0.0)
             self.losses, self.dropped, flops_before = [], [], self.flops
             clients = self.sample(round)
             for cohort in self.method.cohorts(clients, round):

@@ -306,7 +306,8 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
                 continue
             # Equal scores of several methods stand beside each other.
             positions = some.groupby("partition")[skew].mean()
-            beside = 0.03 * float(numpy.ptp(positions)) / len(scene.methods)
+            alone = numpy.ptp(positions) == 0
+            beside = (0.1 if alone else 0.03 * float(numpy.ptp(positions))) / len(scene.methods)
             for place, method in enumerate(scene.methods):
                 own = some[some["method"] == method]
                 if own.empty:
@@ -318,7 +319,7 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
                 points = points.sort_values("x", kind="stable").fillna({"deviation": 0.0})
                 style = look[method]
                 axes.errorbar(
-                    points["x"] + (place - len(scene.methods) / 2) * beside,
+                    points["x"] + (place - (len(scene.methods) - 1) / 2) * beside,
                     points["score"] * factor,
                     points["deviation"] * factor,
                     color=style.colour,
@@ -329,6 +330,8 @@ def _over_heterogeneity(scene, look, tasks) -> Figure:
                     capsize=2,
                 )
             axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+            if alone:
+                axes.set_xticks(positions.unique(), [f"{x:.2f}" for x in positions.unique()])
             _name_positions(axes, positions)
     _method_legend(figure, scene, look, methods)
     return figure
@@ -478,7 +481,9 @@ def _memory_by_block(scene, look, tasks) -> Figure:
         blocks = list(
             dict.fromkeys(entry["block"] for some in runs[has_blocks]["memory_by_block"] for entry in some)
         )
-        place = {block: number for number, block in enumerate(sorted(blocks, key=_block_order))}
+        ordered = sorted(blocks, key=_block_order)
+        numbered = all(block.isdigit() for block in blocks)
+        place = {block: int(block) if numbered else number for number, block in enumerate(ordered)}
         for method in scene.methods:
             own = runs[runs["method"] == method]
             style = look[method]
@@ -500,8 +505,11 @@ def _memory_by_block(scene, look, tasks) -> Figure:
             else:
                 continue
             methods.add(method)
-        step = max(1, -(-len(place) // 12))
-        axes.set_xticks(list(place.values())[::step], list(place)[::step])
+        if numbered:
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(12, integer=True))
+        else:
+            step = max(1, -(-len(place) // 12))
+            axes.set_xticks(list(place.values())[::step], list(place)[::step])
         axes.set_xlabel("block that the turn trains")
         axes.set_ylim(bottom=0)
     grid[0, 0].set_ylabel(f"peak memory of a turn ({word})")
@@ -538,14 +546,13 @@ def _partitions(files: Sequence[PartitionFile], tasks, partitions) -> Figure:
             last = file
         _name_row(grid[row, 0], task, "examples")
         if last is not None:
-            handles = [
-                Patch(facecolor=colour, edgecolor="white") for colour in _label_colours(len(last.label_names))
-            ]
-            labels = [_label(name, 16) for name in last.label_names]
+            names, _ = last.content()
+            handles = [Patch(facecolor=colour, edgecolor="white") for colour in _label_colours(len(names))]
+            labels = [_label(name, 16) for name in names]
             if len(labels) > MANY_LABELS:
                 handles, labels = (
                     [handles[0], handles[-1]],
-                    [labels[0], f"… {labels[-1]} ({len(labels)} labels)"],
+                    [labels[0], f"… {labels[-1]} ({len(labels)})"],
                 )
             grid[row, -1].legend(
                 handles[::-1],
@@ -565,7 +572,7 @@ def _label_colours(count: int) -> numpy.ndarray:
 
 
 def _draw_partition(axes: Axes, file: PartitionFile) -> None:
-    counts = numpy.array(file.label_counts, dtype=float)
+    counts = numpy.array(file.content()[1], dtype=float)
     colours = _label_colours(counts.shape[1])
     many = len(counts) > MANY_CLIENTS
     if many:

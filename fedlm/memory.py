@@ -6,9 +6,10 @@ sizes but no content. It does not see workspaces that live inside one operation;
 sizes up and keeps what was freed.
 """
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,6 +157,30 @@ class MemoryTracker(TorchDispatchMode):
         self.mark((value for value in state if isinstance(value, torch.Tensor)), "optimizer")
 
 
+_set_aside = False
+
+
+@contextlib.contextmanager
+def older_objects_set_aside() -> Iterator[None]:
+    """Let the garbage collector leave alone all that is there now, so that collecting is quick until the end.
+
+    Searching all of PyTorch and Transformers takes longer than a small step. Entered again inside, it does
+    nothing.
+    """
+    global _set_aside
+    if _set_aside:
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    _set_aside = True
+    try:
+        yield
+    finally:
+        _set_aside = False
+        gc.unfreeze()
+
+
 def measure_step(
     step: Callable[[], object],
     model: nn.Module,
@@ -168,23 +193,21 @@ def measure_step(
     changes the model, so a real model is put back afterwards by the caller. The state of torch.optim's
     optimizers is recognised; `optimizer_state` gives the tensors of any other.
     """
-    # Cycles of garbage would be collected at moments that depend on what ran before. Frozen, what is older
-    # than the step need not be searched again.
     collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    gc.freeze()
-    try:
-        with MemoryTracker(model) as tracker:
-            for _ in range(2):
-                if optimizer_state is not None:
-                    tracker.mark(optimizer_state(), "optimizer")
-                step()
-                if optimizer_state is not None:
-                    tracker.mark(optimizer_state(), "optimizer")
-                gc.collect()
-    finally:
-        gc.unfreeze()
-        if collecting:
-            gc.enable()
+    with older_objects_set_aside():
+        # Cycles of garbage would be collected at moments that depend on what ran before.
+        gc.collect()
+        gc.disable()
+        try:
+            with MemoryTracker(model) as tracker:
+                for _ in range(2):
+                    if optimizer_state is not None:
+                        tracker.mark(optimizer_state(), "optimizer")
+                    step()
+                    if optimizer_state is not None:
+                        tracker.mark(optimizer_state(), "optimizer")
+                    gc.collect()
+        finally:
+            if collecting:
+                gc.enable()
     return tracker.memory()

@@ -378,7 +378,7 @@ class PartitionFile(Settings):
     clients: int = Field(description="number of clients that came out")
     examples: int
     moved: int = Field(description="examples moved to clients that had fewer than min_examples")
-    skew: dict[str, float]
+    skew: dict[str, float] = Field(description="by label; by population where the task has no labels")
     label_names: list[str] = Field(description="names of the labels; numbers where the task has none")
     label_counts: list[list[int]] = Field(description="examples of each label, for each client")
     group_names: list[str] = Field(description="names of the task's natural populations, if any")
@@ -406,10 +406,12 @@ class PartitionFile(Settings):
         """Draw a partition (arguments as in `divide`) and measure its skew."""
         parts, moved = _divide(config, clients, labels, groups, seed, indices)
         label_names = list(label_names) or [str(label) for label in range(int(labels[indices].max()) + 1)]
-        group_counts = []
+        group_counts, what, names = [], labels, label_names
         if groups is not None:
             group_names = list(group_names) or [str(group) for group in range(int(groups.max()) + 1)]
             group_counts = count_labels(parts, groups, len(group_names)).tolist()
+            if len(label_names) < 2:  # a task without labels: clients differ by the populations they hold
+                what, names = groups, group_names
         return cls(
             task=task,
             partition=partition,
@@ -418,7 +420,7 @@ class PartitionFile(Settings):
             clients=len(parts),
             examples=sum(map(len, parts)),
             moved=moved,
-            skew=skew(parts, labels, len(label_names)),
+            skew=skew(parts, what, len(names)),
             label_names=label_names,
             label_counts=count_labels(parts, labels, len(label_names)).tolist(),
             group_names=list(group_names) if groups is not None else [],
@@ -427,6 +429,12 @@ class PartitionFile(Settings):
             data_sha256=data_sha256,
             indices=[part.tolist() for part in parts],
         )
+
+    def content(self) -> tuple[list[str], list[list[int]]]:
+        """Return by what clients differ, labels or else populations: names, and counts of each client."""
+        if len(self.label_names) < 2 and self.group_names:
+            return self.group_names, self.group_counts
+        return self.label_names, self.label_counts
 
     @property
     def parts(self) -> list[numpy.ndarray]:
