@@ -69,6 +69,7 @@ def check(study: Study) -> None:
             found = facts(model, kind)
         except UserError as error:
             reason = printable(str(error), 1000)
+            reason = reason.removeprefix("model: ")
             faults.append(f"{path}.model: {reason}" if entry.model else f"model: {reason}")
             continue
         length = getattr(entry.settings, "max_length", None)
@@ -106,11 +107,12 @@ def check(study: Study) -> None:
 def _check_partitions(study: Study, label: str, task: task_module.Task, attempt) -> None:
     """Check that the task can be divided as the study asks, as far as that is known without its data."""
     labels, groups = task.count_labels(), None if task.has_groups else 0
+    most = getattr(task.config, "train_examples", None)  # there may be fewer, which the data say later
     for name, config in study.partitions.items():
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
         attempt(
             f"partitions.{name} (of tasks.{label})",
-            lambda config=config, clients=clients: partition.check(config, clients, None, labels, groups),
+            lambda config=config, clients=clients: partition.check(config, clients, most, labels, groups),
         )
 
 

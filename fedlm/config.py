@@ -5,6 +5,7 @@ runs. Settings are looked up from the general to the particular: study, then tas
 overriding single keys of the one before.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -252,16 +253,19 @@ class _Reader:
         try:
             return TypeAdapter(kind).validate_python(values)
         except ValidationError as error:
-            self.note(path, error)
+            self.note(path, error, list(getattr(kind, "model_fields", ())))
         except RecursionError:
             self.fault(path, "nested too deeply; allowed: a plain table of settings")
         return None
 
-    def note(self, path: str, error: ValidationError) -> None:
+    def note(self, path: str, error: ValidationError, allowed: list[str] = ()) -> None:
         for item in error.errors(include_url=False):
             where = ".".join([path, *(_word(part) for part in item["loc"])]).strip(".")
             if item["type"] == "extra_forbidden":
-                self.fault(where, "unknown key")
+                known = allowed if len(item["loc"]) == 1 else []
+                near = difflib.get_close_matches(str(item["loc"][-1])[:80], known, n=1)
+                rest = f"; allowed: {', '.join(known)}" if known else ""
+                self.fault(where, "unknown key" + (f"; did you mean {near[0]}?" if near else rest))
             elif item["type"] == "missing":
                 self.fault(where, "missing; the key is required")
             else:

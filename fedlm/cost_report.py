@@ -537,11 +537,10 @@ def _memory(rows: pandas.DataFrame) -> Figure:
     methods = rows["method"].nunique()
     figure, cells, columns = _grid(rows, 0.17 * methods + 0.62)
     for place, (axes, some) in enumerate(cells):
-        unit, word = drawing.memory_unit(some["peak_memory_bytes"].max())
         for bar, (_, row) in enumerate(some.iterrows()):
-            drawing.stack(axes, bar, [row[kind] / unit for kind, *_ in drawing.KINDS])
-        axes.set_xlim(0, some["peak_memory_bytes"].max() / unit * 1.2)
-        axes.set_xlabel(f"peak memory of a turn ({word})")
+            drawing.stack(axes, bar, [row[kind] / 2**30 for kind, *_ in drawing.KINDS])
+        axes.set_xlim(0, some["peak_memory_bytes"].max() / 2**30 * 1.2)
+        axes.set_xlabel("peak memory of a turn (GiB)")
         _methods_axis(axes, list(some["title"]), place % columns == 0)
     drawing.kinds_legend(figure)
     return figure
@@ -582,10 +581,9 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
         own = own[own["block"].str.fullmatch(r"\d+|all") & ~own["interpolated"].astype(bool)]
         by_position = own[own["block"] != "all"]["peak_memory_bytes"]
         limit = 1.6 * by_position.max() if len(by_position) else math.inf
-        unit, word = drawing.memory_unit(own[own["peak_memory_bytes"] <= limit]["peak_memory_bytes"].max())
         for (method, _), points in own.groupby(["method", "alike"], sort=False):
             style = look[method]
-            peaks = points["peak_memory_bytes"] / unit
+            peaks = points["peak_memory_bytes"] / 2**30
             if points["block"].iloc[0] != "all":
                 axes.plot(
                     points["block"].astype(int),
@@ -598,7 +596,7 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
             elif points["peak_memory_bytes"].iloc[0] <= limit:
                 axes.axhline(peaks.iloc[0], color=style.colour, linestyle=style.line, linewidth=0.9)
             else:
-                told = f"{points['title'].iloc[0]}: {significant(peaks.iloc[0])} {word}"
+                told = f"{points['title'].iloc[0]}: {significant(peaks.iloc[0])} GiB"
                 axes.text(
                     0.98,
                     0.97,
@@ -614,7 +612,7 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
         if place >= len(cells) - columns:
             axes.set_xlabel("block that the turn trains")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel(f"peak memory ({word})")
+        axes.set_ylabel("peak memory (GiB)")
     drawing.method_legend(figure, look, dict(zip(rows["method"], rows["title"], strict=True)))
     return figure
 
@@ -630,8 +628,7 @@ def _bytes(rows: pandas.DataFrame) -> Figure:
                 if not value:
                     continue
                 axes.barh(bar + offset, value, height=0.36, color=colour, hatch=hatch, edgecolor="white")
-                text = f" {value:,.0f}" if value >= 100 else f" {value:.3g}"
-                axes.text(value, bar + offset, text, va="center", fontsize=6)
+                axes.text(value, bar + offset, f" {significant(value)}", va="center", fontsize=6)
         axes.set_xscale("log")
         if place >= len(cells) - columns:
             axes.set_xlabel("bytes a round, all clients (MB)")

@@ -19,6 +19,7 @@ from tueplots import axes as tueplots_axes
 from tueplots import figsizes, fontsizes
 
 from fedlm.files import write_atomically
+from fedlm.typeset import significant
 
 WIDTH = figsizes.icml2024_full()["figure.figsize"][0]  # inches
 NARROW = figsizes.icml2024_half()["figure.figsize"][0]  # inches
@@ -230,8 +231,7 @@ def stack(axes: Axes, place: float, parts: Sequence[float]) -> None:
             linewidth=0.3,
         )
         left += width
-    text = f" {left:,.0f}" if left >= 100 else f" {left:.3g}"
-    axes.text(left, place, text, va="center", fontsize=6.5)
+    axes.text(left, place, f" {significant(left)}", va="center", fontsize=6.5)
 
 
 def kinds_legend(figure: Figure) -> None:

@@ -70,6 +70,8 @@ class Federation:
         self.link = Link(self)
         self.instruments = Instruments()
         self.rounds: list[dict[str, Any]] = []
+        self.losses: list[tuple[float, int]] = []
+        self.dropped: list[int] = []
         self.clock = dict.fromkeys(("download", "probe", "train", "upload", "merge", "score"), 0.0)
         self.flops = 0
         self.cuda_peak = 0

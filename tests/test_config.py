@@ -121,7 +121,7 @@ def test_a_resolved_configuration_is_a_study_again():
         ({"training": {"colour": 1}}, "training.colour: unknown key"),
         ({"tasks": {"nothing": None}}, "tasks.nothing.task: 'nothing'; allowed: ag_news, "),
         ({"tasks": {"bbc_news": {"max_length": 600}}}, "bbc_news.max_length: 600; allowed: at most 512"),
-        ({"model": "minilmm"}, "model: model: unknown label 'minilmm'; did you mean minilm?"),
+        ({"model": "minilmm"}, "model: unknown label 'minilmm'; did you mean minilm?"),
         ({"model": {"source": "nowhere/a/b"}}, "there is no folder 'nowhere/a/b'"),
         ({"methods": {"fedlora": {"rank": 0}}}, "methods.fedlora.rank: 0; "),
         ({"methods": {"fedlora": {"rank": 500}}}, "rank: 500; allowed: at most 384"),
