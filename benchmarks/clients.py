@@ -46,6 +46,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -54,7 +55,7 @@ def main() -> None:
     found = {}
     for clients in options.clients:
         repeats = []
-        for _ in range(3):
+        for _ in range(options.repeats):
             command = [sys.executable, "-W", "ignore", __file__, "--one", str(clients)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             repeats.append(json.loads(printed.splitlines()[-1]))
