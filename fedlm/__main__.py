@@ -289,22 +289,24 @@ def costs(
     found = report.cost_all(cases, positions or None, say=lambda line: print(line, file=sys.stderr))
     if predictions is not None:
         report.write_requests(predictions, cases, found)
-    failed = [one for one in found if not isinstance(one, Costs)]
+    good = []
     for case, one in zip(cases, found, strict=True):
-        if one in failed:
+        if isinstance(one, Costs):
+            good.append((case, one))
+        else:
             print(f"error: {case.title} on {case.model}: {one}", file=sys.stderr)
-    good = [(case, one) for case, one in zip(cases, found, strict=True) if one not in failed]
+    failed = len(good) < len(found)
     if good and predictions is None:
         whole = config is None and not model and not method
         cases, found = zip(*good, strict=True)
-        rows = report.frame(cases, found)
+        rows, blocks = report.frame(cases, found), report.block_frame(cases, found)
         print(report.terminal(rows))
         tables, drawn = (output or Path("results/costs"), drawings or Path("figures/costs"))
         if whole or output:
-            table_module.write(report.tables(rows, report.block_frame(cases, found)), tables)
+            table_module.write(report.tables(rows, blocks), tables)
             print(f"\ntables   {tables}")
         if whole or drawings:
-            report.figures(rows, report.block_frame(cases, found), drawn)
+            report.figures(rows, blocks, drawn)
             print(f"figures  {drawn}")
     raise typer.Exit(2 if failed else 0)
 

@@ -12,3 +12,14 @@ import pytest
 def place(tmp_path_factory):
     """A folder for tiny models, one for the whole session."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other are slow where other processes use the cores too."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
