@@ -17,13 +17,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedlm import models
-from fedlm.blocks import find_blocks
-from fedlm.config import Training
-from fedlm.instruments import Instruments
-from fedlm.method import Segment
-from fedlm.models import ModelConfig
-from fedlm.training import Turn
+from fedlm.federation.method import Segment
+from fedlm.federation.settings import Training
+from fedlm.federation.turn import Turn
+from fedlm.measure.instruments import Instruments
+from fedlm.models import loading
+from fedlm.models.blocks import find_blocks
+from fedlm.models.config import ModelConfig
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    model = models.load(ModelConfig(source="minilm"), "classification", 5, 1)
+    model = loading.load(ModelConfig(source="minilm"), "classification", 5, 1)
     anatomy = find_blocks(model)
     generator = torch.Generator().manual_seed(1)
     batch = {

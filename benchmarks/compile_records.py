@@ -20,13 +20,14 @@ PARTITIONS = 4
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path
-from fedlm import results, tables
+from fedlm.results import records
+from fedlm.results import tables
 folder = Path(sys.argv[1])
 expected = [tuple(run) for run in json.loads((folder / "expected.json").read_text())]
 titles = {method: method for _, _, method, _ in expected}
 start = time.perf_counter()
 paths = (folder / "runs").glob("*/*/*/*.json")
-results.collect(paths, folder / "rounds.parquet", folder / "runs.parquet")
+records.collect(paths, folder / "rounds.parquet", folder / "runs.parquet")
 collected = time.perf_counter()
 tables.make(folder / "runs.parquet", folder / "rounds.parquet", expected, titles, folder / "tables")
 done = time.perf_counter()

@@ -22,17 +22,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedlm import models
-from fedlm.checkpoint import Checkpoints
-from fedlm.config import Federation as FederationConfig
-from fedlm.config import Training
-from fedlm.data import prepare
-from fedlm.federation import Federation
-from fedlm.method import discover
-from fedlm.models import ModelConfig
-from fedlm.partition import divide, parse
-from fedlm.task import discover as discover_tasks
-from fedlm.training import steps_of_turn
+from fedlm.data.partition import divide, parse
+from fedlm.data.tokenising import prepare
+from fedlm.federation.checkpoint import Checkpoints
+from fedlm.federation.loop import Federation
+from fedlm.federation.settings import Federation as FederationConfig
+from fedlm.federation.settings import Training
+from fedlm.federation.turn import steps_of_turn
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import discover_methods, discover_tasks
 
 
 def main() -> None:
@@ -50,10 +49,10 @@ def main() -> None:
         data = prepare(task, source, Path(folder) / "data")
         split = data.split(1)
         parts = divide(parse({"scheme": "iid"}), options.clients, data.labels, data.groups, 1, split.train)
-        fedavg = discover()["fedavg"]
+        fedavg = discover_methods()["fedavg"]
         federation = Federation(
             fedavg(fedavg.Config(), len(parts), 1),
-            models.load(source, data.kind, data.num_labels, 1),
+            loading.load(source, data.kind, data.num_labels, 1),
             data,
             split,
             parts,
@@ -62,7 +61,7 @@ def main() -> None:
             1,
         )
         federation._score = lambda indices: {data.metric: 0.0}
-        bare = Bare(models.load(source, data.kind, data.num_labels, 1), data, parts, training)
+        bare = Bare(loading.load(source, data.kind, data.num_labels, 1), data, parts, training)
         turn, spent = federation._turn, {"bare": 0.0, "steps": 0}
 
         def alternately(client: int, round: int):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedlm.errors import UserError
+from fedlm.base.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,13 +26,13 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 
 
 def _study(config: Path):
-    from fedlm.config import load
+    from fedlm.study.reading import load
 
     return load(config)
 
 
 def _folders(study, results: Path):
-    from fedlm.running import Folders
+    from fedlm.jobs.running import Folders
 
     return Folders(study.study, results)
 
@@ -40,7 +40,7 @@ def _folders(study, results: Path):
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
     """Validate a study before any job: keys, values, labels, files, models."""
-    from fedlm.check import check as check_study
+    from fedlm.study.check import check as check_study
 
     study = _study(config)
     check_study(study)
@@ -51,7 +51,7 @@ def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> No
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a study file, as config/schema.json holds it."""
-    from fedlm.config import schema as study_schema
+    from fedlm.study.schema import schema as study_schema
 
     print(study_schema(), end="")
 
@@ -59,7 +59,7 @@ def schema() -> None:
 @app.command()
 def prepare(config: Config, task: TaskLabel, results: Results = Path("results")) -> None:
     """Tokenise a task once, for all its runs."""
-    from fedlm import running
+    from fedlm.jobs import running
 
     study = _study(config)
     data = running.prepare(study, task, _folders(study, results))
@@ -75,7 +75,7 @@ def partition(
     results: Results = Path("results"),
 ) -> None:
     """Divide a prepared task's training examples among the clients."""
-    from fedlm import running
+    from fedlm.jobs import running
 
     study = _study(config)
     made = running.partition(study, task, partition, seed, _folders(study, results))
@@ -93,8 +93,8 @@ def run(
     results: Results = Path("results"),
 ) -> None:
     """Make one run and write its record; an interrupted run continues from its last whole round."""
-    from fedlm import running
-    from fedlm.config import Run
+    from fedlm.jobs import running
+    from fedlm.study.study import Run
 
     study = _study(config)
     chosen = Run(task, partition, method, seed)
@@ -112,8 +112,8 @@ def run_many(
 
     A run that fails does not stop the others; the exit status is then 1.
     """
-    from fedlm import running
-    from fedlm.config import Run
+    from fedlm.jobs import running
+    from fedlm.study.study import Run
 
     study = _study(config)
     folders = _folders(study, results)
@@ -141,7 +141,7 @@ def rerun(
 
     The exit status is 0 if the final payload, scores, bytes, FLOPs and memory are the same, 1 if not.
     """
-    from fedlm.rerun import rerun as make_again
+    from fedlm.jobs.rerun import rerun as make_again
 
     raise typer.Exit(1 if make_again(record, results) else 0)
 
@@ -149,8 +149,8 @@ def rerun(
 @app.command()
 def collect(config: Config, results: Results = Path("results")) -> None:
     """Compile the records that there are into runs.parquet and rounds.parquet; name what is missing."""
-    from fedlm import results as compiled
-    from fedlm import running
+    from fedlm.jobs import running
+    from fedlm.results import records as compiled
 
     study = _study(config)
     folders = _folders(study, results)
@@ -170,7 +170,7 @@ def tables(
     show: Annotated[bool, typer.Option(help="Print the main table and do not write any.")] = False,
 ) -> None:
     """Write the tables of a study from its compiled records."""
-    from fedlm import tables as table_module
+    from fedlm.results import tables as table_module
 
     study = _study(config)
     root = _folders(study, results).root
@@ -189,7 +189,7 @@ def figures(
     destination: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
 ) -> None:
     """Draw the figures of a study from its compiled records and partitions."""
-    from fedlm import figures as figure_module
+    from fedlm.results import figures as figure_module
 
     study = _study(config)
     folders = _folders(study, results)
@@ -245,19 +245,18 @@ def costs(
     """
     from pydantic import ValidationError
 
-    from fedlm import cost_report as report
-    from fedlm import tables as table_module
-    from fedlm.config import Federation, Training
-    from fedlm.costs import Costs
-    from fedlm.model_config import ModelConfig
-    from fedlm.models import CATALOGUE
+    from fedlm.costs.prediction import Costs, report
+    from fedlm.federation.settings import Federation, Training
+    from fedlm.models.catalogue import CATALOGUE
+    from fedlm.models.config import ModelConfig
+    from fedlm.results import tables as table_module
 
     if predictions is not None and config is None:
         raise UserError("--predictions: needs --config, the study whose jobs ask")
     if config is not None and (model or method):
         raise UserError("--config: allowed without --model and --method, which the study names")
     if config is not None:
-        from fedlm.check import check as check_study
+        from fedlm.study.check import check as check_study
 
         study = _study(config)
         check_study(study)
@@ -314,23 +313,23 @@ def costs(
 @app.command()
 def methods() -> None:
     """List the methods, with reference and one line each."""
-    from fedlm.method import discover
+    from fedlm.study.plugins import discover_methods
 
-    _list((name, kind.title, kind.reference, _first_line(kind)) for name, kind in discover().items())
+    _list((name, kind.title, kind.reference, _first_line(kind)) for name, kind in discover_methods().items())
 
 
 @app.command()
 def tasks() -> None:
     """List the tasks, with where their data come from."""
-    from fedlm.task import discover
+    from fedlm.study.plugins import discover_tasks
 
-    _list((name, kind.title, kind.kind, kind.reference) for name, kind in discover().items())
+    _list((name, kind.title, kind.kind, kind.reference) for name, kind in discover_tasks().items())
 
 
 @app.command()
 def models() -> None:
     """List the models that have a label; any other is named by a folder or a hub id."""
-    from fedlm.models import CATALOGUE
+    from fedlm.models.catalogue import CATALOGUE
 
     _list((name, found.title, found.hub, found.reference) for name, found in CATALOGUE.items())
 
@@ -358,7 +357,7 @@ def _guarded(action: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        from fedlm.failures import describe
+        from fedlm.jobs.failures import describe
 
         told = describe(error)
         if told is None:

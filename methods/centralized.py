@@ -2,7 +2,7 @@
 
 import numpy
 
-from fedlm.method import Method
+from fedlm.federation.method import Method
 
 
 class Centralized(Method):

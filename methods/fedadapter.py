@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedlm.errors import UserError
-from fedlm.method import Method, MethodConfig
+from fedlm.base.errors import UserError
+from fedlm.federation.method import Method, MethodConfig
 
 
 class FedAdapter(Method):

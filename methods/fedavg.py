@@ -1,6 +1,6 @@
 """FedAvg with full tuning: every client trains all parameters, the server averages them."""
 
-from fedlm.method import Method
+from fedlm.federation.method import Method
 
 
 class FedAvg(Method):

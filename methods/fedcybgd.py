@@ -10,9 +10,9 @@ from typing import Literal
 import numpy
 from pydantic import Field, model_validator
 
-from fedlm.errors import UserError
-from fedlm.method import Method, MethodConfig, Segment
-from fedlm.randomness import numpy_stream
+from fedlm.base.errors import UserError
+from fedlm.base.randomness import numpy_stream
+from fedlm.federation.method import Method, MethodConfig, Segment
 
 
 class FedCyBGD(Method):

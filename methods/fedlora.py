@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedlm.errors import UserError
-from fedlm.method import Method, MethodConfig, weighted_mean
+from fedlm.base.errors import UserError
+from fedlm.federation.method import Method, MethodConfig, weighted_mean
 
 # Glm is missing from peft's own table of attention projections.
 TARGETS = {"glm": ["q_proj", "v_proj"]}

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fedlm.errors import UserError
-from fedlm.method import Method, MethodConfig
+from fedlm.base.errors import UserError
+from fedlm.federation.method import Method, MethodConfig
 
 TASK_TYPES = {
     "classification": "SEQ_CLS",

@@ -1,6 +1,6 @@
 """Linear probing: the pretrained model stays as it is and only the new head is trained and averaged."""
 
-from fedlm.method import Method
+from fedlm.federation.method import Method
 
 
 class HeadOnly(Method):

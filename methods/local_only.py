@@ -1,6 +1,6 @@
 """No federation: every client trains its own model over the rounds and nothing is ever merged."""
 
-from fedlm.method import Method
+from fedlm.federation.method import Method
 
 
 class LocalOnly(Method):

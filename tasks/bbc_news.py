@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas
 from pydantic import Field
 
-from fedlm.errors import UserError
-from fedlm.task import Corpus, Task
+from fedlm.base.errors import UserError
+from fedlm.data.task import Corpus, Task
 
 TOPICS = ["business", "entertainment", "politics", "sports", "tech"]
 

@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import Field, model_validator
 
-from fedlm.errors import UserError
-from fedlm.files import local_path
-from fedlm.task import METRICS, Corpus, Kind, Task, Windows, check_windows
+from fedlm.base.errors import UserError
+from fedlm.base.files import local_path
+from fedlm.data.task import METRICS, Corpus, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
 SMALL_FILE = 32 << 20  # bytes; larger ones are not read before they are prepared

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from fedlm.hub import HubTask
+from fedlm.data.hub import HubTask
 
 
 class _Part(NamedTuple):

@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
-from fedlm.hub import HubTask
-from fedlm.task import Corpus
+from fedlm.data.hub import HubTask
+from fedlm.data.task import Corpus
 
 # The prompt of Stanford Alpaca (Taori et al. 2023), with which these data were made.
 PROMPT = (

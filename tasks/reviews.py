@@ -3,10 +3,10 @@
 import pandas
 from pydantic import Field
 
-from fedlm.downloads import fetch, read_tar
-from fedlm.errors import UserError
-from fedlm.files import sha256
-from fedlm.task import Corpus, Task
+from fedlm.base.downloads import fetch, read_tar
+from fedlm.base.errors import UserError
+from fedlm.base.files import sha256
+from fedlm.data.task import Corpus, Task
 
 FILES = {
     "films": "movieReviewSnippets_GroundTruth.txt",

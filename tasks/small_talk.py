@@ -4,8 +4,8 @@ import pandas
 import yaml
 from pydantic import Field
 
-from fedlm.downloads import read_wheel
-from fedlm.task import Corpus, Task
+from fedlm.base.downloads import read_wheel
+from fedlm.data.task import Corpus, Task
 
 # A longer entry is a dialogue of questions and answers in these topics; in the others it is one question
 # with several answers.

@@ -2,8 +2,8 @@
 
 from pydantic import Field, model_validator
 
-from fedlm.hub import HubTask
-from fedlm.task import Corpus, Windows, check_windows
+from fedlm.data.hub import HubTask
+from fedlm.data.task import Corpus, Windows, check_windows
 
 
 class Squad(HubTask):

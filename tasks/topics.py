@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from fedlm.hub import HubTask
+from fedlm.data.hub import HubTask
 
 
 class AgNews(HubTask):

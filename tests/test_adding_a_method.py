@@ -7,8 +7,8 @@ import pytest
 import torch
 import worlds
 
-from fedlm.errors import UserError
-from fedlm.method import discover
+from fedlm.base.errors import UserError
+from fedlm.study.plugins import discover_methods
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 def test_the_example_of_the_page_runs(tmp_path, place):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     (tmp_path / "fedbitfit.py").write_text(code)
-    found = discover(tmp_path)
+    found = discover_methods(tmp_path)
     assert list(found) == ["fedbitfit"]
     run = worlds.federation(found["fedbitfit"], place)
     run.run()
@@ -27,11 +27,14 @@ def test_the_example_of_the_page_runs(tmp_path, place):
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [("x = 1\n", "holds 0 methods"), ("from fedlm.method import Method\nclass A(Method): pass\n", "A.title")],
+    [
+        ("x = 1\n", "holds 0 methods"),
+        ("from fedlm.federation.method import Method\nclass A(Method): pass\n", "A.title"),
+    ],
 )
 def test_a_file_that_holds_no_method_is_named(code, said, tmp_path):
     name = f"broken_{len(code)}.py"
     (tmp_path / name).write_text(code)
     with pytest.raises(UserError) as error:
-        discover(tmp_path)
+        discover_methods(tmp_path)
     assert name in str(error.value) and said in str(error.value)

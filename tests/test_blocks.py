@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlm.blocks import find_blocks, skip
-from fedlm.errors import UserError
-from fedlm.models import CATALOGUE, ModelConfig, build_on_meta, load
+from fedlm.base.errors import UserError
+from fedlm.models.blocks import find_blocks, skip
+from fedlm.models.catalogue import CATALOGUE
+from fedlm.models.config import ModelConfig
+from fedlm.models.loading import build_on_meta, load
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedlm import payload
-from fedlm.checkpoint import Checkpoints, remove_checkpoints
-from fedlm.files import sha256
+from fedlm.base.files import sha256
+from fedlm.exchange import payload
+from fedlm.federation.checkpoint import Checkpoints, remove_checkpoints
 
 TENSORS = {"server/a": torch.arange(6.0).view(2, 3), "server/b": torch.ones(2, dtype=torch.int64)}
 BOOKS = {"rounds": [1, 2], "note": "é"}

@@ -13,19 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.pytorch_utils import Conv1D
 
-from fedlm import blocks, compression, config, models, payload, pruning
-from fedlm import check as check_module
-from fedlm.checkpoint import Checkpoints
-from fedlm.errors import UserError
-from fedlm.fake import fake_model
-from fedlm.instruments import Instruments
-from fedlm.link import Link
-from fedlm.memory import measure_step
-from fedlm.method import Server, discover
-from fedlm.models import ModelConfig
-from fedlm.pruning import Inputs
-from fedlm.task import discover as discover_tasks
-from fedlm.training import Turn
+from fedlm.base.errors import UserError
+from fedlm.exchange import compression, payload, pruning
+from fedlm.exchange.pruning import Inputs
+from fedlm.federation.checkpoint import Checkpoints
+from fedlm.federation.link import Link
+from fedlm.federation.method import Server
+from fedlm.federation.turn import Turn
+from fedlm.measure.instruments import Instruments
+from fedlm.measure.memory import measure_step
+from fedlm.models import blocks, loading
+from fedlm.models.config import ModelConfig
+from fedlm.models.fake import fake_model
+from fedlm.study import check as check_module
+from fedlm.study import reading
+from fedlm.study.plugins import discover_methods, discover_tasks
 
 OPERATORS = {
     "layer_drop": {"operator": "layer_drop", "rate": 0.5},
@@ -247,7 +249,7 @@ def test_a_resumed_run_gives_the_same_bytes(operator, cache, place, tmp_path, re
 @contextlib.contextmanager
 def fake_world(run, place):
     """Yield what a Link needs to foretell a federation's downloads, all of it fake."""
-    method = discover()["fedcybgd"](run.method.config, len(run.parts), run.seed)
+    method = discover_methods()["fedcybgd"](run.method.config, len(run.parts), run.seed)
     source = ModelConfig(source=str(worlds.folder("bert", str(place))))
     with fake_model(source, "classification", 2, lambda m: method.prepare(m, "classification")) as (_, model):
         parameters = dict(model.named_parameters())
@@ -370,7 +372,7 @@ def test_a_method_that_trains_all_it_downloads_is_refused_before_training(method
         tmp_path, methods={"reduced": {"method": method, "compression": OPERATORS[operator]}, "fedcybgd": {}}
     )
     with pytest.raises(UserError) as error:
-        check_module.check(config.load(path))
+        check_module.check(reading.load(path))
     (line,) = str(error.value).splitlines()
     assert line.startswith("methods.reduced: compression: ") and "allowed: no compression" in line
 
@@ -379,9 +381,9 @@ def test_the_whole_model_as_one_block_is_refused_and_single_blocks_are_not(tmp_p
     method = {"method": "fedcybgd", "compression": OPERATORS["quantize"]}
     with pytest.raises(UserError, match="compression: quantize finds nothing to reduce"):
         check_module.check(
-            config.load(tiny_study.write(tmp_path, methods={"m": {**method, "block": "model"}}))
+            reading.load(tiny_study.write(tmp_path, methods={"m": {**method, "block": "model"}}))
         )
-    check_module.check(config.load(tiny_study.write(tmp_path, methods={"m": method})))
+    check_module.check(reading.load(tiny_study.write(tmp_path, methods={"m": method})))
     with pytest.raises(UserError, match="compression: prune finds nothing to reduce"):
         worlds.federation("fedavg", place, compression=OPERATORS["wanda"])
 
@@ -484,7 +486,7 @@ def test_a_layer_without_inputs_is_pruned_by_magnitude():
 def minilm():
     """MiniLM and what its layers are given by 32 real sentences, and by 32 others."""
     source = ModelConfig(source="minilm")
-    model, tokenizer = models.load(source, "classification", 2, 1), models.load_tokenizer(source)
+    model, tokenizer = loading.load(source, "classification", 2, 1), loading.load_tokenizer(source)
     task = discover_tasks()["bbc_news"]
     texts = list(task(task.Config()).load().rows["text"])[::34]
     rows: dict[str, list] = {}

@@ -8,10 +8,12 @@ import jsonschema
 import pytest
 import yaml
 
-from fedlm import config
-from fedlm.check import check
-from fedlm.config import Run, parse, schema
-from fedlm.errors import UserError
+from fedlm.base.errors import UserError
+from fedlm.study import reading, yaml_files
+from fedlm.study.check import check
+from fedlm.study.reading import parse
+from fedlm.study.schema import schema
+from fedlm.study.study import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "config").glob("*.yaml"))
@@ -47,7 +49,7 @@ def test_the_schema_in_the_repository_is_the_one_of_the_code():
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_the_repository_fit_schema_and_code(path):
-    values = config.read_yaml(path)
+    values = yaml_files.read_yaml(path)
     jsonschema.validate(values, json.loads(schema()))
     assert list(parse(values).runs())
 
@@ -104,7 +106,7 @@ def test_a_resolved_configuration_is_a_study_again():
     """What a record states is enough to make the run again."""
     run = parse(PLAIN).run("films", "skewed", "slow", 2)
     record = {"study": "plain", "task": "films", "partition": "skewed", "method": "slow", "seed": 2}
-    study = config.of_record({**record, "config": json.loads(json.dumps(run.resolved()))})
+    study = reading.of_record({**record, "config": json.loads(json.dumps(run.resolved()))})
     assert [one.path for one in study.runs()] == ["films/skewed/slow/seed2"]
     assert study.run("films", "skewed", "slow", 2).resolved() == run.resolved()
 
@@ -165,4 +167,4 @@ def test_a_study_of_endless_runs_is_refused():
 def test_learning_rates_as_people_write_them(text, tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(PLAIN).replace("learning_rate: 0.001", f"learning_rate: {text}"))
-    assert config.load(path).training.learning_rate == 2e-5
+    assert reading.load(path).training.learning_rate == 2e-5

@@ -17,14 +17,14 @@ import worlds
 from test_methods import CASES, IDS, KINDS, defaults
 
 from fedlm import __main__ as program
-from fedlm import config, costs
-from fedlm import cost_report as report
-from fedlm.config import Federation as FederationConfig
-from fedlm.config import Training
-from fedlm.data import Prepared
-from fedlm.federation import _Batches
-from fedlm.method import discover
-from fedlm.model_config import ModelConfig
+from fedlm.costs import prediction, report
+from fedlm.data.prepared import Prepared
+from fedlm.federation.loop import _Batches
+from fedlm.federation.settings import Federation as FederationConfig
+from fedlm.federation.settings import Training
+from fedlm.models.config import ModelConfig
+from fedlm.study import reading
+from fedlm.study.plugins import discover_methods
 
 GIB = 2**30
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def foretell(run, place, model=None, family="bert", positions=None):
     kind = run.data.kind
     method = type(run.method)(run.method.config, run.method.clients, run.seed)
     source = ModelConfig(source=str(worlds.folder(family, str(place))), **(model or {}))
-    return costs.predict(
+    return prediction.predict(
         method,
         source,
         kind,
@@ -134,14 +134,14 @@ def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp
     source = ModelConfig(source=str(tiny.save(tmp_path / "deep", "roberta", layers=9, hidden=64)))
 
     def predict(order, positions, **settings):
-        kind = discover()["fedcybgd"]
-        return costs.predict(
+        kind = discover_methods()["fedcybgd"]
+        return prediction.predict(
             kind(kind.Config(order=order, **settings), 9, 0),
             source,
             "classification",
             2,
             [numpy.arange(8)] * 9,
-            costs.StatedBatches("classification", 32),
+            prediction.StatedBatches("classification", 32),
             FederationConfig(clients=9, rounds=2),
             Training(batch_size=8),
             positions,
@@ -223,7 +223,7 @@ def test_predictions_for_the_jobs_of_a_study(tmp_path):
     whole, kept = found[f"{task}/fedavg"], found[f"{task}/local_only"]
     assert whole["peak_memory_bytes"] > whole["parameter_bytes"] > 0
     assert whole["kept_bytes"] == 0
-    clients = config.load(study).federation.clients
+    clients = reading.load(study).federation.clients
     assert kept["kept_bytes"] == pytest.approx(clients * kept["exchanged_bytes"], rel=0.15)
 
 

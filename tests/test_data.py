@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from fedlm import data
-from fedlm.data import Prepared, prepare, tokenise
-from fedlm.errors import UserError
-from fedlm.models import ModelConfig
-from fedlm.task import Corpus, Task, Windows
+from fedlm.base.errors import UserError
+from fedlm.data import prepared
+from fedlm.data.prepared import Prepared
+from fedlm.data.task import Corpus, Task, Windows
+from fedlm.data.tokenising import prepare, tokenise
+from fedlm.models.config import ModelConfig
 
 WORDS = "the film was good bad and actors end worse striker scored match bank rates shares fell".split()  # noqa: SIM905
 
@@ -290,7 +291,7 @@ def test_a_target_without_a_prompt_is_predicted_from_the_end_of_a_text():
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 24))
 @settings(max_examples=40, deadline=None)
 def test_a_long_example_keeps_targets_and_the_end_of_its_prompt(prompt, target, length):
-    before, after = data._room(prompt, target, length)
+    before, after = prepared._room(prompt, target, length)
     assert 1 <= before <= prompt and 1 <= after <= target and before + after <= length
     if prompt + target <= length:
         assert (before, after) == (prompt, target)

@@ -3,11 +3,12 @@ import pytest
 import tiny
 import torch
 
-from fedlm.blocks import find_blocks
-from fedlm.fake import fake_model
-from fedlm.flops import count_flops
-from fedlm.memory import measure_step
-from fedlm.models import ModelConfig, load
+from fedlm.measure.flops import count_flops
+from fedlm.measure.memory import measure_step
+from fedlm.models.blocks import find_blocks
+from fedlm.models.config import ModelConfig
+from fedlm.models.fake import fake_model
+from fedlm.models.loading import load
 
 GIB = 2**30
 

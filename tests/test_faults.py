@@ -20,12 +20,14 @@ import pytest
 import tiny_study
 import torch
 
-from fedlm import results, running, tables
 from fedlm.__main__ import main
-from fedlm.config import Run, load
-from fedlm.errors import UserError
-from fedlm.failures import describe
-from fedlm.files import locked, write_atomically
+from fedlm.base.errors import UserError
+from fedlm.base.files import locked, write_atomically
+from fedlm.jobs import running
+from fedlm.jobs.failures import describe
+from fedlm.results import records, tables
+from fedlm.study.reading import load
+from fedlm.study.study import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Run("films", "iid", "fedavg", 1)
@@ -103,7 +105,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(operat
         and "the disk is full; nothing that was finished is lost" in last
     )
     assert "Traceback" not in ended.said
-    written = len(list(results.rglob("*.checkpoint")))
+    written = len(list(records.rglob("*.checkpoint")))
     finished = ended.said.count(": round ")
     assert written == min(max(operation - 5, 0), 2) or operation > 4 + ROUNDS
     goes_on(study, results, expected, rounds_before=min(max(operation - 5, 0), ROUNDS) if finished else 0)
@@ -124,7 +126,7 @@ def test_a_limit_on_the_size_of_files(undisturbed, tmp_path):
     results = tmp_path / "results"
     largest = 20_000
     limited = forked.limited(resource.RLIMIT_FSIZE, largest, make(study, results))
-    ended = forked.run(limited, results.parent / "log")
+    ended = forked.run(limited, records.parent / "log")
     assert ended.status == 1
     assert "round-000001.checkpoint: the file would be larger" in ended.said.splitlines()[-1]
     goes_on(study, results, expected)
@@ -159,12 +161,12 @@ def test_results_that_are_read_only(undisturbed, tmp_path):
     results = tmp_path / "disk"
     with mounted(results, "size=8m"):
         assert forked.run(make(study, results), tmp_path / "log").status == 0
-        before = sorted(results.rglob("*"))
+        before = sorted(records.rglob("*"))
         subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
         ended = forked.run(make(study, results), tmp_path / "log")
         assert ended.status == 1
         assert "the file system is read-only; nothing" in ended.said.splitlines()[-1]
-        assert sorted(results.rglob("*")) == before and hashed(record(results)) == expected
+        assert sorted(records.rglob("*")) == before and hashed(record(results)) == expected
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_a_disk_that_is_full_leaves_the_tables_as_they_were(undisturbed, tmp_pat
     make(study, tmp_path)()
     paths = [running.Folders("study", tmp_path).record(RUN)]
     compiled = [tmp_path / "rounds.parquet", tmp_path / "runs.parquet"]
-    results.collect(paths, *compiled)
+    records.collect(paths, *compiled)
     expected, titles = [tuple(RUN)], {"fedavg": "FedAvg"}
     tables.make(compiled[1], compiled[0], expected, titles, tmp_path / "tables")
     before = {path: path.read_bytes() for path in [*compiled, *(tmp_path / "tables").iterdir()]}
@@ -207,7 +209,7 @@ def test_a_disk_that_is_full_leaves_the_tables_as_they_were(undisturbed, tmp_pat
 
     monkeypatch.setattr(os, "fsync", full)
     for action in (
-        lambda: results.collect(paths, *compiled),
+        lambda: records.collect(paths, *compiled),
         lambda: tables.make(compiled[1], compiled[0], expected, titles, tmp_path / "tables"),
     ):
         with pytest.raises(OSError) as error:
@@ -237,7 +239,7 @@ def waits_after_round(number: int, action):
     """Return `action` that stops after a round, so that something can be done to it at a known moment."""
 
     def act():
-        from fedlm.checkpoint import Checkpoints
+        from fedlm.federation.checkpoint import Checkpoints
 
         save = Checkpoints.save
 
@@ -298,7 +300,7 @@ def test_too_little_memory(undisturbed, tmp_path):
     results = tmp_path / "results"
 
     def act():
-        from fedlm.checkpoint import Checkpoints
+        from fedlm.federation.checkpoint import Checkpoints
 
         save = Checkpoints.save
 

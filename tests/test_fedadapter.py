@@ -5,11 +5,11 @@ import tiny
 import torch
 import worlds
 
-from fedlm import models
-from fedlm.errors import UserError
-from fedlm.fake import fake_model
-from fedlm.method import discover
-from fedlm.models import ModelConfig
+from fedlm.base.errors import UserError
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
+from fedlm.models.fake import fake_model
+from fedlm.study.plugins import discover_methods
 
 HIDDEN, LAYERS = 16, 3
 PLACES = {
@@ -25,9 +25,9 @@ PLACES = {
 def adapted(place, family, kind="classification", placement="both", width=4, **model):
     """Return a tiny model's configuration, the method, and the model with its adapters."""
     config = ModelConfig(source=str(worlds.folder(family, str(place))), **model)
-    method = discover()["fedadapter"]
+    method = discover_methods()["fedadapter"]
     method = method(method.Config(width=width, placement=placement), 2, 1)
-    return config, method, method.prepare(models.load(config, kind, 2, 1), kind)
+    return config, method, method.prepare(loading.load(config, kind, 2, 1), kind)
 
 
 @pytest.mark.parametrize("family", PLACES)
@@ -48,7 +48,7 @@ def test_untrained_adapters_change_nothing_and_trained_ones_every_place(place, f
     config, _, model = adapted(place, family, "causal")
     tokens = torch.arange(3, 19)[None]
     with torch.no_grad():
-        expected = models.load(config, "causal", 2, 1)(tokens).logits
+        expected = loading.load(config, "causal", 2, 1)(tokens).logits
         assert torch.equal(model(tokens).logits, expected)
         for name, value in model.named_parameters():
             if name.endswith("adapter.up.weight"):
@@ -94,9 +94,9 @@ def test_a_step_without_weights(place, family):
 
 def test_a_layer_without_such_projections_is_named(place):
     config = ModelConfig(source=str(worlds.folder("bert", str(place))))
-    model = models.load(config, "classification", 2, 1)
+    model = loading.load(config, "classification", 2, 1)
     for layer in model.base_model.encoder.layer:
         layer.output.dense = torch.nn.Linear(32, 5)
-    method = discover()["fedadapter"]
+    method = discover_methods()["fedadapter"]
     with pytest.raises(UserError, match="BertLayer does not end its attention"):
         method(method.Config(), 2, 1).prepare(model, "classification")

@@ -9,12 +9,15 @@ import worlds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlm import models, payload
-from fedlm.config import Training
-from fedlm.federation import FailedRun, Federation
-from fedlm.method import Method, MethodConfig, Upload, weighted_mean
-from fedlm.models import ModelConfig
-from fedlm.training import rate_factor, steps_of_turn
+from fedlm.base.errors import FailedRun
+from fedlm.exchange import payload
+from fedlm.federation.loop import Federation
+from fedlm.federation.method import Method, MethodConfig, Upload, weighted_mean
+from fedlm.federation.optimizer import rate_factor
+from fedlm.federation.settings import Training
+from fedlm.federation.turn import steps_of_turn
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
 
 
 def plain_training(place, training: dict, seed=1, rounds=1) -> dict:
@@ -22,7 +25,7 @@ def plain_training(place, training: dict, seed=1, rounds=1) -> dict:
     data = worlds.prepared("bert", "classification", str(place))
     rows = data.split(seed).train
     source = ModelConfig(source=str(worlds.folder("bert", str(place))))
-    model = models.load(source, "classification", 2, seed)
+    model = loading.load(source, "classification", 2, seed)
     model.train()
     for round in range(1, rounds + 1):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
@@ -242,7 +245,7 @@ def test_schedules():
 
 def test_the_schedule_runs_over_the_federation_or_anew_in_each_turn(place, monkeypatch):
     seen: dict[str, list] = {"federation": [], "turn": []}
-    from fedlm import training
+    from fedlm.federation import turn
 
     for span, found in seen.items():
 
@@ -250,7 +253,7 @@ def test_the_schedule_runs_over_the_federation_or_anew_in_each_turn(place, monke
             found.append(progress)
             return rate_factor(progress, step, settings)
 
-        monkeypatch.setattr(training, "rate_factor", noted)
+        monkeypatch.setattr(turn, "rate_factor", noted)
         run = worlds.federation(
             "fedavg",
             place,
@@ -317,7 +320,7 @@ def test_the_model_scored_is_the_servers(place):
     with torch.no_grad():
         for name, value in run.server.tensors.items():
             run.parameters[name].copy_(value)
-    from fedlm.scoring import score
+    from fedlm.federation.scoring import score
 
     assert score(run.model, run.data, run.split.test, 64) == run.test
 

@@ -13,8 +13,8 @@ import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlm.method import Server, Upload, weighted_mean
-from fedlm.training import Turn
+from fedlm.federation.method import Server, Upload, weighted_mean
+from fedlm.federation.turn import Turn
 
 VARIANTS = ("average", "ffa", "fedsa", "rolora", "flexlora", "fedex")
 UNEQUAL = {"scheme": "quantity", "alpha": 1, "min_examples": 4}
@@ -79,7 +79,7 @@ class Watched:
         run.run()
 
     def decoded(self, message: bytes):
-        from fedlm import payload
+        from fedlm.exchange import payload
 
         return payload.decode(message, self.run.link.expected())
 
@@ -235,7 +235,7 @@ def test_fedsa_continues_each_clients_own_b(place, monkeypatch):
 
 
 def test_fedsa_scores_the_clients_own_models(place):
-    from fedlm.scoring import score
+    from fedlm.federation.scoring import score
 
     seen = watched("fedsa", place)
     run = seen.run

@@ -18,14 +18,15 @@ import worlds
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from fedlm import models, payload
-from fedlm.blocks import find_blocks
-from fedlm.config import Federation, Training
-from fedlm.method import discover
-from fedlm.models import ModelConfig
-from fedlm.partition import parse
-from fedlm.scoring import score
-from fedlm.training import Turn, steps_of_turn
+from fedlm.data.partition import parse
+from fedlm.exchange import payload
+from fedlm.federation.scoring import score
+from fedlm.federation.settings import Federation, Training
+from fedlm.federation.turn import Turn, steps_of_turn
+from fedlm.models import loading
+from fedlm.models.blocks import find_blocks
+from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import discover_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "fedcybgd-fidelity.md"
@@ -160,7 +161,7 @@ class Plain:
     def __init__(self, place):
         self.data = worlds.prepared("bert", "classification", str(place))
         source = ModelConfig(source=str(worlds.folder("bert", str(place))))
-        self.model = models.load(source, "classification", 2, 1)
+        self.model = loading.load(source, "classification", 2, 1)
         self.model.train()
 
     def turn(self, rows, round: int, client: int, layers: list, every: int | None = None, epochs: int = 1):
@@ -237,7 +238,7 @@ def test_random_order_deals_each_client_every_block_once_before_any_twice(place)
 @cache
 def of_twelve_layers(clients: int, **config):
     """Return FedCyBGD prepared with a model of twelve layers, as RoBERTa-base has."""
-    method = discover()["fedcybgd"]
+    method = discover_methods()["fedcybgd"]
     shape = tiny.config("roberta", layers=12)
     prepared = method(method.Config(**config), clients, 1)
     prepared.prepare(AutoModelForSequenceClassification.from_config(shape), "classification")
@@ -514,7 +515,7 @@ def test_attention_and_feed_forward_of_gpt2_are_trained(method, settings, place)
     assert not any(torch.equal(server[name], initial[name]) for name in names)
 
 
-@pytest.mark.parametrize("method", sorted({"fedlora", "fedadapter", "fedprompt"} & discover().keys()))
+@pytest.mark.parametrize("method", sorted({"fedlora", "fedadapter", "fedprompt"} & discover_methods().keys()))
 def test_adapter_weights_are_in_the_optimizer_and_change(method, place):
     added = {"fedlora": "lora_", "fedadapter": ".adapter.", "fedprompt": "prompt"}[method]
     seen = Watched(place, method, rounds=1, **({"tokens": 4} if method == "fedprompt" else {}))
@@ -573,7 +574,7 @@ def test_flops_are_counted_and_fall_with_the_distance_from_the_input(place):
 
 
 def test_an_upload_is_one_sixteenth_of_roberta_base():
-    model = models.build_on_meta(ModelConfig(source="roberta_base"), "classification", 2)
+    model = loading.build_on_meta(ModelConfig(source="roberta_base"), "classification", 2)
     anatomy = find_blocks(model)
     sizes = {name: value.numel() for name, value in model.named_parameters()}
     sent = sum(sizes[name] for name in (*anatomy.blocks[5].parameters, *anatomy.head))
@@ -629,7 +630,7 @@ def test_the_tests_that_the_page_names_exist_and_it_names_all_of_these():
 
 
 def test_the_settings_that_the_page_names_exist():
-    kinds = (discover()["fedcybgd"].Config, Training, Federation, ModelConfig)
+    kinds = (discover_methods()["fedcybgd"].Config, Training, Federation, ModelConfig)
     written = re.findall(r"`([a-z_]+: [^`]+)`", PAGE.read_text(encoding="utf-8"))
     assert len(written) > 15
     for text in written:

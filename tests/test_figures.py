@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 from synthetic import TITLES, synthetic_partition, write_study
 
-from fedlm import drawing, figures, results
-from fedlm.errors import UserError
+from fedlm.base.errors import UserError
+from fedlm.results import drawing, figures, records
 
 # Another process, whose reader has other settings and hashes.
 AGAIN = """
 import json, sys
 import matplotlib
-from fedlm import drawing, figures
+from fedlm.results import drawing
+from fedlm.results import figures
 matplotlib.rcParams.update({"font.size": 20, "axes.grid": False, "figure.dpi": 50, "pdf.compression": 0})
 before = dict(matplotlib.rcParams)
 runs, rounds, partitions, titles, destination, expected = json.loads(sys.argv[1])
@@ -31,7 +32,7 @@ def study(folder, skip=lambda path: False, **changes):
     """Write and collect a study; return the arguments of `figures.make`, without the destination."""
     records, partitions, expected = write_study(folder, **changes)
     kept = [path for path in records if not skip(str(path.relative_to(folder)))]
-    results.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
+    records.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
     return [folder / "runs.parquet", folder / "rounds.parquet", partitions], expected
 
 
@@ -146,7 +147,7 @@ def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypa
         record["partition_skew"] = {}
         record["memory"] = dict.fromkeys(record["memory"])
         path.write_text(json.dumps(record))
-    results.collect(records, arguments[1], arguments[0])
+    records.collect(records, arguments[1], arguments[0])
     arguments[2] = arguments[2][:1]
     paths = figures.make(*arguments, TITLES, tmp_path / "figures", expected)
     assert len(paths) == 2 * len(figures.names(1, 2))
@@ -193,8 +194,8 @@ def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
     folder, arguments, expected, _ = drawn
     import matplotlib
 
-    scene = results.Scene.make(results.load_runs(arguments[0]), expected, TITLES)
-    rounds = results.load_rounds(arguments[1])
+    scene = records.Scene.make(records.load_runs(arguments[0]), expected, TITLES)
+    rounds = records.load_rounds(arguments[1])
     for key in ("task", "partition", "method"):
         rounds[key] = rounds[key].astype(str)
     look = drawing.styles(scene.methods)

@@ -11,9 +11,9 @@ import forked
 import pytest
 import tiny_study
 
-from fedlm import running
-from fedlm.config import load
-from fedlm.method import discover
+from fedlm.jobs import running
+from fedlm.study.plugins import discover_methods
+from fedlm.study.reading import load
 
 KILLS = 12  # of each label at least; there are nine
 # What a client or the server keeps from one turn to the next.
@@ -21,7 +21,7 @@ RELATIVES = {
     "keeping": {"method": "fedcybgd", "moments": "client", "cache": "last_visit", "order": "random"},
     "personal": {"method": "fedlora", "variant": "fedsa"},
 }
-METHODS = {name: {"tokens": 4} if name == "fedprompt" else None for name in discover()} | RELATIVES
+METHODS = {name: {"tokens": 4} if name == "fedprompt" else None for name in discover_methods()} | RELATIVES
 FEDERATION = {"clients": 2, "rounds": 4, "participation": 0.7, "dropout_rate": 0.2}
 # What no two runs have in common.
 TIMES = {"seconds", "train_seconds", "wall_seconds", "resident_set_bytes"}

@@ -6,9 +6,9 @@ import pytest
 import torch
 import worlds
 
-from fedlm import payload
-from fedlm.link import NO_VERSION
-from fedlm.training import Turn
+from fedlm.exchange import payload
+from fedlm.federation.link import NO_VERSION
+from fedlm.federation.turn import Turn
 from methods.fedavg import FedAvg
 
 CACHES = ("none", "pretrained", "last_visit")

@@ -14,9 +14,10 @@ import pytest
 import tiny_study
 import yaml
 
-from fedlm import config, running
-from fedlm.check import check
-from fedlm.errors import UserError
+from fedlm.base.errors import UserError
+from fedlm.jobs import running
+from fedlm.study import reading
+from fedlm.study.check import check
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOWEST = 20  # seconds for one study, on a busy machine
@@ -39,7 +40,7 @@ def plain(tmp_path_factory):
         "fedprompt": {"form": "prefix", "tokens": 4},
     }
     values["pipeline"] = {"threads": 1, "minutes": 5}
-    check(config.parse(copy.deepcopy(values)))
+    check(reading.parse(copy.deepcopy(values)))
     return values
 
 
@@ -140,7 +141,7 @@ def test_a_file_that_is_no_study(name, tmp_path):
     content, said = FILES[name]
     path = tmp_path / "study.yaml"
     path.write_bytes(content)
-    found = outcome(lambda: config.load(path))
+    found = outcome(lambda: reading.load(path))
     assert found and said in found
     assert all(line.startswith(f"{path}: ") for line in found.splitlines())
 
@@ -148,7 +149,7 @@ def test_a_file_that_is_no_study(name, tmp_path):
 def test_a_path_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "absent", tmp_path, tmp_path / "pipe", Path("/dev/zero"), tmp_path / ("x" * 300)):
-        found = outcome(lambda path=path: config.load(path))
+        found = outcome(lambda path=path: reading.load(path))
         assert found and str(path) in found
 
 
@@ -198,7 +199,7 @@ def put(values, path, value):
 
 def read(values):
     """Parse a study of plain values; what is no table is refused before, when the file is read."""
-    return lambda: config.parse(copy.deepcopy(values), "study")
+    return lambda: reading.parse(copy.deepcopy(values), "study")
 
 
 def test_every_nasty_value_at_every_place(plain):
@@ -367,7 +368,7 @@ def study_of(plain, path, **task):
 
 def through(values, folder):
     """Take a study from its check to the record of its run."""
-    study = config.parse(values)
+    study = reading.parse(values)
     check(study)
     folders = running.Folders("study", folder)
     run = next(study.runs())

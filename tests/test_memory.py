@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fedlm.blocks import find_blocks
-from fedlm.memory import KINDS, MemoryTracker, measure_step
-from fedlm.models import ModelConfig, load
+from fedlm.measure.memory import KINDS, MemoryTracker, measure_step
+from fedlm.models.blocks import find_blocks
+from fedlm.models.config import ModelConfig
+from fedlm.models.loading import load
 
 MIB = 2**20
 

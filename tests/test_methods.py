@@ -5,11 +5,11 @@ import pytest
 import torch
 import worlds
 
-from fedlm import payload
-from fedlm.checkpoint import Checkpoints
-from fedlm.method import discover
+from fedlm.exchange import payload
+from fedlm.federation.checkpoint import Checkpoints
+from fedlm.study.plugins import discover_methods
 
-METHODS = sorted(discover())
+METHODS = sorted(discover_methods())
 SETTINGS = {
     "fedcybgd": [
         {"order": "random"},
@@ -37,7 +37,7 @@ KINDS = [
         ("llama", "causal"),
         ("bert", "question_answering"),
     ]
-    if kind in discover()[name].kinds
+    if kind in discover_methods()[name].kinds
     # A decoder's classifier finds the last token by its number, which soft prompts do not have.
     and (name, family, kind) != ("fedprompt", "gpt2", "classification")
 ]

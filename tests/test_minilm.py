@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from fedlm import costs, models, payload
-from fedlm.config import Federation as FederationConfig
-from fedlm.config import Training
-from fedlm.data import prepare
-from fedlm.federation import Federation, _Batches
-from fedlm.method import discover
-from fedlm.models import ModelConfig
-from fedlm.task import discover as discover_tasks
+from fedlm.costs import prediction
+from fedlm.data.tokenising import prepare
+from fedlm.exchange import payload
+from fedlm.federation.loop import Federation, _Batches
+from fedlm.federation.settings import Federation as FederationConfig
+from fedlm.federation.settings import Training
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import discover_methods, discover_tasks
 
 MINILM = ModelConfig(source="minilm")
 # Bytes of one upload: 5 labels, float32, header included.
@@ -24,20 +25,20 @@ def news(tmp_path_factory):
     return prepare(task(settings), MINILM, tmp_path_factory.mktemp("news"))
 
 
-@pytest.mark.parametrize("name", sorted(discover()))
+@pytest.mark.parametrize("name", sorted(discover_methods()))
 def test_a_turn_of_each_method(name, news):
-    kind = discover()[name]
+    kind = discover_methods()[name]
     split = news.split(1)
     run = Federation(
         kind(kind.Config(), 2, 1),
-        models.load(MINILM, "classification", 5, 1),
+        loading.load(MINILM, "classification", 5, 1),
         news,
         split,
         [split.train[:10], split.train[10:]],
         FederationConfig(clients=2, rounds=1, participation=0.5),
         Training(batch_size=10, learning_rate=1e-3, device="cpu"),
         1,
-        models.max_positions(MINILM),
+        loading.max_positions(MINILM),
     )
     frozen = {
         parameter: value.clone()
@@ -64,12 +65,12 @@ def test_a_turn_of_each_method(name, news):
     assert parts == memory.peak > 80 * 2**20
     assert (
         run.ledger.broadcast
-        % payload.size(dict(models.load(MINILM, "classification", 5, 1).named_parameters()))
+        % payload.size(dict(loading.load(MINILM, "classification", 5, 1).named_parameters()))
         == 0
     )
     if name in UPLOADS:
         assert run.ledger.upload == UPLOADS[name]
-    foretold = costs.predict(
+    foretold = prediction.predict(
         kind(kind.Config(), 2, 1),
         MINILM,
         "classification",

@@ -9,11 +9,12 @@ import tiny
 import torch
 from pydantic import ValidationError
 
-from fedlm import downloads, models
-from fedlm.errors import UserError
-from fedlm.models import (
-    CATALOGUE,
-    ModelConfig,
+from fedlm.base import downloads
+from fedlm.base.errors import UserError
+from fedlm.models import loading
+from fedlm.models.catalogue import CATALOGUE
+from fedlm.models.config import ModelConfig
+from fedlm.models.loading import (
     build_config,
     build_on_meta,
     fingerprint,
@@ -67,7 +68,7 @@ def test_mobillama_layers_share_one_feed_forward():
 def test_every_catalogue_entry_is_described_and_builds():
     for label, entry in CATALOGUE.items():
         assert entry.title and entry.reference and entry.hub.count("/") == 1
-        models.check(ModelConfig(source=label))
+        loading.check(ModelConfig(source=label))
         assert build_config(ModelConfig(source=label), "classification", 3).num_labels == 3
 
 
@@ -266,7 +267,7 @@ def test_fingerprint_sees_names_formats_shapes_and_values():
 def test_a_source_that_cannot_exist_is_named(source, says):
     config = ModelConfig(source=source)
     for call in (
-        lambda: models.check(config),
+        lambda: loading.check(config),
         lambda: load(config, "classification", 2, 0),
         lambda: build_on_meta(config, "classification", 2),
         lambda: load_tokenizer(config),
@@ -279,7 +280,7 @@ def test_a_source_that_cannot_exist_is_named(source, says):
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folders):
     with pytest.raises(UserError, match="holds no config.json"):
-        models.check(ModelConfig(source=str(tmp_path)))
+        loading.check(ModelConfig(source=str(tmp_path)))
 
     shape_only = tmp_path / "shape"
     shape_only.mkdir()
@@ -328,7 +329,7 @@ def test_code_of_a_model_runs_only_if_the_study_says_so(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
     script = (
-        "from fedlm.models import *\n"
+        "from fedlm.models.loading import *\n"
         "for source in ('roberta_base', 'somebody/something'):\n"
         "    for call in (lambda c: load(c, 'classification', 2, 0), load_tokenizer):\n"
         "        try:\n"

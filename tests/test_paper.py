@@ -15,13 +15,15 @@ import pytest
 import tiny
 import tiny_study
 
-from fedlm import config, results, running, tables
-from fedlm.check import check
+from fedlm.jobs import running
+from fedlm.results import records, tables
+from fedlm.study import reading, study, yaml_files
+from fedlm.study.check import check
 from tasks.glue import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "config" / "paper.yaml"
-PAPER = config.load(STUDY)
+PAPER = reading.load(STUDY)
 FAMILIES = {"roberta_base": "roberta", "gpt2": "gpt2", "llama2_7b": "llama"}
 EXAMPLES = 20  # of which the last ten are the official validation split, where there is one
 ROUNDS = 1
@@ -69,14 +71,14 @@ def write_data(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("glue", "squad", "alpaca_gpt4")}
 
 
-def shrunk(folder: Path, families: dict[str, str] = FAMILIES) -> config.Study:
+def shrunk(folder: Path, families: dict[str, str] = FAMILIES) -> study.Study:
     """Return the paper's study with tiny models, few examples and clients: the same rows, smaller numbers."""
     data = write_data(folder / "data")
     models = {
         source: str(tiny.save(folder / "models" / family, family, texts(), layers=4, hidden=32))
         for source, family in families.items()
     }
-    values = config.read_yaml(STUDY)
+    values = yaml_files.read_yaml(STUDY)
     values["seeds"] = values["seeds"][:1]
     values["pipeline"]["gpus"] = 0
     values["training"]["device"] = "cpu"
@@ -94,7 +96,7 @@ def shrunk(folder: Path, families: dict[str, str] = FAMILIES) -> config.Study:
         entry.update({"doc_stride": 8} if "doc_stride" in entry else {})
         if label == "alpaca_gpt4":
             entry.update(test_examples=6, validation_examples=3)
-    return config.parse(values)
+    return reading.parse(values)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,7 +185,7 @@ def test_the_tables_hold_every_row(paper):
     for run in runs:
         execute(study, run, folders)
     compiled = [folders.root / name for name in ("runs.parquet", "rounds.parquet")]
-    assert results.collect([folders.record(run) for run in runs], *reversed(compiled)) == len(runs)
+    assert records.collect([folders.record(run) for run in runs], *reversed(compiled)) == len(runs)
     titles = {label: entry.title for label, entry in study.methods.items()}
     tables.make(*compiled, [tuple(run) for run in runs], titles, folders.root / "tables")
     main = pandas.read_csv(folders.root / "tables" / "main.csv")

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedlm import partition
-from fedlm.errors import UserError
-from fedlm.partition import PartitionFile, check, count_labels, divide, parse, skew
+from fedlm.base.errors import UserError
+from fedlm.data import partition
+from fedlm.data.partition import PartitionFile, check, count_labels, divide, parse, skew
 
 SCHEMES = [
     {"scheme": "pooled"},
@@ -339,7 +339,7 @@ def test_ten_thousand_clients_are_divided_in_seconds():
 
 
 def test_partitions_need_no_torch():
-    code = "import sys, fedlm.partition; sys.exit('torch' in sys.modules)"
+    code = "import sys, fedlm.data.partition; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedlm import payload
-from fedlm.payload import PayloadError, Pruned, Quantized, decode, encode, size
+from fedlm.exchange import payload
+from fedlm.exchange.payload import PayloadError, Pruned, Quantized, decode, encode, size
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.int8, torch.int32]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)

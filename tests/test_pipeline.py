@@ -11,7 +11,7 @@ import pandas
 import pytest
 import yaml
 
-from fedlm import figures, tables
+from fedlm.results import figures, tables
 from tests import tiny_study
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import synthetic_record, write_study
 
-from fedlm import results
-from fedlm.errors import UserError
+from fedlm.base.errors import UserError
+from fedlm.results import records
 
 
 def write(path, record):
@@ -22,8 +22,8 @@ def write(path, record):
 
 
 def collect(folder, records):
-    results.collect(records, folder / "rounds.parquet", folder / "runs.parquet")
-    return results.load_runs(folder / "runs.parquet"), results.load_rounds(folder / "rounds.parquet")
+    records.collect(records, folder / "rounds.parquet", folder / "runs.parquet")
+    return records.load_runs(folder / "runs.parquet"), records.load_rounds(folder / "rounds.parquet")
 
 
 def test_a_record_becomes_one_row_and_one_row_a_round(tmp_path):
@@ -76,7 +76,7 @@ def test_memory_by_block_keeps_the_order_of_the_blocks(tmp_path):
 
 def test_a_run_without_any_turn_has_no_memory(tmp_path):
     runs, _ = collect(tmp_path, [write(tmp_path / "a.json", synthetic_record() | {"memory": None})])
-    assert runs[results.MEMORY_COLUMNS].isna().all(axis=None)
+    assert runs[records.MEMORY_COLUMNS].isna().all(axis=None)
 
 
 def test_rounds_without_a_score_stay_without_one(tmp_path):
@@ -90,15 +90,15 @@ def test_rounds_without_a_score_stay_without_one(tmp_path):
 def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path, monkeypatch):
     records, _, _ = write_study(tmp_path, seeds=(2, 10, 1), methods=("fedavg", "fedcybgd"))
     contents = []
-    monkeypatch.setattr(results, "ROWS_IN_MEMORY", 40)  # several batches
+    monkeypatch.setattr(records, "ROWS_IN_MEMORY", 40)  # several batches
     for seed in range(3):
         random.Random(seed).shuffle(records)
-        results.collect(iter(records), tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+        records.collect(iter(records), tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
         contents.append([(tmp_path / f"{name}.parquet").read_bytes() for name in ("rounds", "runs")])
     assert contents[0] == contents[1] == contents[2]
-    runs = results.load_runs(tmp_path / "runs.parquet")
+    runs = records.load_runs(tmp_path / "runs.parquet")
     assert runs["seed"].tolist()[:3] == [1, 2, 10]
-    assert len(results.load_rounds(tmp_path / "rounds.parquet")) == len(runs) * 5
+    assert len(records.load_rounds(tmp_path / "rounds.parquet")) == len(runs) * 5
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,7 +108,7 @@ def test_a_cut_off_record_is_named(tmp_path, end):
     path = tmp_path / "cut.json"
     path.write_text(whole[: min(end, len(whole) - 1)])
     with pytest.raises(UserError, match="cut.json"):
-        results.collect([path], tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+        records.collect([path], tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
 
 
 @pytest.mark.parametrize(
@@ -164,26 +164,27 @@ def test_what_is_missing_is_found_and_described(tmp_path):
     }
     kept = [path for path, run in zip(records, expected, strict=True) if run not in gone]
     runs, _ = collect(tmp_path, kept)
-    absent = results.missing(runs, expected)
+    absent = records.missing(runs, expected)
     assert set(absent) == gone
-    assert results.describe_missing(absent) == [
+    assert records.describe_missing(absent) == [
         "bbc_news / iid / fedavg: seeds 1, 2",
         "bbc_news / iid / fedlora: seed 2",
     ]
-    assert results.missing(runs, expected[:0]) == []
+    assert records.missing(runs, expected[:0]) == []
 
 
 def test_compiled_files_that_are_not_ours_are_named(tmp_path):
     (tmp_path / "runs.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"runs\.parquet"):
-        results.load_runs(tmp_path / "runs.parquet")
+        records.load_runs(tmp_path / "runs.parquet")
     pandas.DataFrame({"a": [1]}).to_parquet(tmp_path / "runs.parquet")
     with pytest.raises(UserError, match="lacks the column"):
-        results.load_runs(tmp_path / "runs.parquet")
+        records.load_runs(tmp_path / "runs.parquet")
     with pytest.raises(UserError, match=r"absent\.parquet"):
-        results.load_rounds(tmp_path / "absent.parquet")
+        records.load_rounds(tmp_path / "absent.parquet")
 
 
 def test_results_tables_and_figures_need_no_torch():
-    code = "import sys, fedlm.partition, fedlm.tables, fedlm.figures; sys.exit('torch' in sys.modules)"
+    modules = "fedlm.data.partition, fedlm.results.tables, fedlm.results.figures"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -6,9 +6,10 @@ import json
 import pytest
 import tiny_study
 
-from fedlm import running
-from fedlm.config import Run, load
-from fedlm.errors import UserError
+from fedlm.base.errors import UserError
+from fedlm.jobs import running
+from fedlm.study.reading import load
+from fedlm.study.study import Run
 
 RUN = Run("films", "iid", "head_only", 1)
 

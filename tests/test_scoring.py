@@ -10,9 +10,9 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_data import DOCUMENT, WORDS, Rows, answering, sentences
 
-from fedlm import models
-from fedlm.data import tokenise
-from fedlm.scoring import score
+from fedlm.data.tokenising import tokenise
+from fedlm.federation.scoring import score
+from fedlm.models import loading
 
 KINDS = ["classification", "regression", "causal", "question_answering"]
 
@@ -36,7 +36,7 @@ def load(tmp_path_factory):
     def of(data, family="gpt2"):
         folder = tmp_path_factory.mktemp("model")
         tiny.save(folder, family, vocabulary=512)
-        return models.load(models.ModelConfig(source=str(folder)), data.kind, data.num_labels, seed=0)
+        return loading.load(loading.ModelConfig(source=str(folder)), data.kind, data.num_labels, seed=0)
 
     return of
 
@@ -172,7 +172,7 @@ def test_the_best_span_is_the_one_that_trying_all_gives(load):
         _, start, end = max(candidates, key=lambda candidate: candidate[0])
         texts.append(data.columns["context"][int(example)].as_py()[start:end])
     right = [text == "bad0" for text in texts]
-    from fedlm.scoring import _predict_answer
+    from fedlm.federation.scoring import _predict_answer
 
     assert _predict_answer(outputs, batch, data, everything)[0] == texts
     assert score(model, data, everything, 4)["exact_match"] == pytest.approx(numpy.mean(right))

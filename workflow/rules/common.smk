@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 
-import fedlm.config
-from fedlm.check import check
-from fedlm.errors import UserError
-from fedlm.provenance import code_hash
-from fedlm.task import discover as discover_tasks
+import fedlm.study.reading
+from fedlm.study.check import check
+from fedlm.base.errors import UserError
+from fedlm.jobs.provenance import code_hash
+from fedlm.study.plugins import discover_tasks
 
 # The jobs run this Python and this repository, whatever PATH and working directory are. glibc would hand a large
 # tensor's memory back to the system at each step and fault it in again: a sixth of the time of a small model's step.
@@ -52,7 +52,7 @@ def study_file():
 try:
     # A Path and no text: where the study lies is no reason to run a job again.
     STUDY_FILE = study_file()
-    study = fedlm.config.load(STUDY_FILE)
+    study = fedlm.study.reading.load(STUDY_FILE)
     if workflow.is_main_process:
         check(study)
 except UserError as error:
@@ -114,7 +114,7 @@ def prepare_depends_on(task):
         entry.task,
         settings,
         model,
-        sources("fedlm/data.py", "fedlm/task.py", "tasks/*.py"),
+        sources("fedlm/data/prepared.py", "fedlm/data/task.py", "tasks/*.py"),
     )
 
 
@@ -127,7 +127,7 @@ def partition_depends_on(task, partition):
     return digest(
         settings,
         clients,
-        sources("fedlm/partition.py", "fedlm/data.py", "fedlm/randomness.py"),
+        sources("fedlm/data/partition.py", "fedlm/data/prepared.py", "fedlm/base/randomness.py"),
     )
 
 

@@ -13,7 +13,7 @@ rule predict:
         study=STUDY_FILE,
         depends_on=digest(
             study.model_dump(mode="json", exclude={"seeds", "partitions", "pipeline"}),
-            sources("fedlm/*.py", "methods/*.py"),
+            sources("fedlm/**/*.py", "methods/*.py"),
         ),
     message:
         "Predicting what each method asks for"

@@ -1,6 +1,6 @@
 # From the records to what a reader looks at.
 
-from fedlm.figures import names
+from fedlm.results.figures import names
 
 TABLES = {
     "main": "Score and costs",
@@ -32,7 +32,7 @@ rule collect:
     params:
         study=STUDY_FILE,
         runs=digest([run.path for run in RUNS]),
-        depends_on=sources("fedlm/results.py"),
+        depends_on=sources("fedlm/results/records.py"),
     message:
         f"Collecting {len(RUNS)} records"
     shell:
@@ -57,10 +57,10 @@ rule tables:
         study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
         depends_on=sources(
-            "fedlm/tables.py",
-            "fedlm/results.py",
-            "fedlm/statistics.py",
-            "fedlm/typeset.py",
+            "fedlm/results/tables.py",
+            "fedlm/results/records.py",
+            "fedlm/results/statistics.py",
+            "fedlm/results/typeset.py",
             "methods/*.py",
             "config/reference.yaml",
         ),
@@ -92,10 +92,10 @@ rule figures:
         study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
         depends_on=sources(
-            "fedlm/figures.py",
-            "fedlm/partition.py",
-            "fedlm/results.py",
-            "fedlm/typeset.py",
+            "fedlm/results/figures.py",
+            "fedlm/data/partition.py",
+            "fedlm/results/records.py",
+            "fedlm/results/typeset.py",
             "methods/*.py",
         ),
     message:

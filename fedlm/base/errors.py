@@ -1,0 +1,13 @@
+"""Errors that are addressed to the reader."""
+
+
+class UserError(Exception):
+    """Something the reader must change: a key, a value, a file.
+
+    The message names the place, the value found there and what is allowed. The command line prints it as
+    one line and exits with status 2.
+    """
+
+
+class FailedRun(Exception):
+    """A run that must not become a row of a table; the message names method, round and client."""

@@ -1,0 +1,4 @@
+"""Data: what a task is, tokenising it, prepared examples, partitions, metrics, data sets from the hub.
+
+For others: `task`, `tokenising`, `prepared`, `partition`, `metrics`, `hub`.
+"""

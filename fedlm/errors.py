@@ -1,9 +1,0 @@
-"""The one kind of error that is addressed to the reader."""
-
-
-class UserError(Exception):
-    """Something the reader must change: a key, a value, a file.
-
-    The message names the place, the value found there and what is allowed. The command line prints it as
-    one line and exits with status 2.
-    """

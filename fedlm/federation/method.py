@@ -1,0 +1,148 @@
+"""A method of federated fine-tuning: what it trains, what crosses the network, how uploads are merged.
+
+A method is one class in its own file under `methods/`, found by looking into the folder. Every default here
+is FedAvg (McMahan et al. 2017, algorithm 1), so a method's file shows only what makes it different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from fedlm.base.settings import Settings
+from fedlm.exchange.compression import Compression
+from fedlm.federation.state import Segment, Server, Upload
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+    from torch.nn import Module
+
+    from fedlm.federation.facts import Facts
+    from fedlm.federation.turn import Turn
+    from fedlm.models.blocks import Anatomy
+
+
+class MethodConfig(Settings):
+    """Settings that every method has."""
+
+    payload: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of the values in a payload"
+    )
+    compression: Compression | None = Field(None, description="how downloaded parameters are reduced")
+    cache: Literal["none", "pretrained", "last_visit"] = Field(
+        "none",
+        description="what a client keeps between turns: nothing; the pretrained weights, so that a parameter "
+        "never changed costs nothing; what it last had, so that only what changed since then travels",
+    )
+    moments: Literal["reset", "client", "handed_on"] = Field(
+        "reset", description="the optimizer's state: fresh in each turn, kept by the client, or sent along"
+    )
+
+
+class Method:
+    """FedAvg; the base of every method.
+
+    Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
+    `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task.
+    """
+
+    name = ""
+    title = ""
+    reference = ""
+    control = False
+    kinds: tuple[str, ...] = ("classification", "regression", "causal", "question_answering")
+    Config: type[MethodConfig] = MethodConfig
+
+    anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
+    exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`
+
+    def __init__(self, config: MethodConfig, clients: int, seed: int) -> None:
+        self.config = config
+        self.clients = clients
+        self.seed = seed
+
+    def check(self, facts: Facts) -> None:
+        """Raise UserError where the settings ask for what the model has not, before any job starts."""
+
+    def virtual_tokens(self) -> int:
+        """Return how many positions of the model the method takes for itself."""
+        return 0
+
+    def population(self, parts: list[numpy.ndarray]) -> list[numpy.ndarray]:
+        """Return who holds which training examples, given the partition's index arrays."""
+        return parts
+
+    def adapt(self, model: Module, kind: str) -> Module:
+        """Return the model with what the method adds to it; freeze what no client ever trains.
+
+        The parameters that require a gradient afterwards are those that some client trains somewhere.
+        """
+        return model
+
+    def prepare(self, model: Module, kind: str) -> Module:
+        """Adapt the pretrained model and note its blocks and its exchanged parameters."""
+        from fedlm.base.randomness import derive, isolated
+        from fedlm.models.blocks import find_blocks
+
+        self.anatomy = find_blocks(model)
+        with isolated(derive(self.seed, "adapter")):
+            model = self.adapt(model, kind)
+        self.exchanged = [name for name, value in model.named_parameters() if value.requires_grad]
+        return model
+
+    def cohorts(self, clients: list[int], round: int) -> list[list[int]]:
+        """Split the round's clients into cohorts, each starting from one server state and merged together."""
+        return [clients]
+
+    def trainable(self, client: int, round: int) -> list[str]:
+        """Return the names of the parameters that this client updates in this turn."""
+        return self.exchanged
+
+    def segments(self, client: int, round: int, steps: int) -> list[Segment]:
+        """Split a turn of `steps` optimizer steps into segments."""
+        return [Segment("all", self.trainable(client, round), steps)]
+
+    def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
+        """Return what the client needs from the server: by default all that is trained somewhere."""
+        return server.tensors
+
+    def train(self, turn: Turn) -> None:
+        """Train the turn's model in place: by default local epochs, segment by segment."""
+        for segment in self.segments(turn.client, turn.round, turn.steps):
+            turn.fit(segment)
+
+    def upload(self, turn: Turn) -> dict[str, Tensor]:
+        """Return what the client sends back: by default what it trained."""
+        return turn.values(self.trainable(turn.client, turn.round))
+
+    def merge(self, server: Server, uploads: Iterable[Upload], round: int) -> None:
+        """Fold a cohort's uploads into the server's state.
+
+        `uploads` is lazy: asking for the next one runs that client's turn, which starts from the server's
+        state, so the state must not change before the last upload came. The default is the mean weighted by
+        examples, tensor by tensor, over the clients that uploaded that tensor; it holds one running mean,
+        whatever the number of clients, and a mean over one client is that client's tensor, bit by bit.
+        """
+        for name, (value, _) in weighted_mean(uploads).items():
+            server.update(name, value)
+
+    def models(self, server: Server) -> Iterable[dict[str, Tensor]]:
+        """Yield the models to score, as values of the exchanged parameters; their scores are averaged."""
+        yield server.tensors
+
+
+def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
+    """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""
+    means: dict[str, tuple[Tensor, float]] = {}
+    for upload in uploads:
+        for name, value in upload.tensors.items():
+            if name in means:
+                mean, weight = means[name]
+                total = weight + upload.examples
+                means[name] = (mean.lerp_(value, upload.examples / total), total)
+            else:
+                means[name] = (value, upload.examples)
+    return means

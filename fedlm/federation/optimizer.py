@@ -1,0 +1,133 @@
+"""The optimizer of a client's turn, and the schedule of its learning rate."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fedlm.federation.settings import Training
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def rate_factor(progress: float, step: float, settings: Training) -> float:
+    """Return the learning rate's factor at `progress` (0 to 1) of the schedule.
+
+    `step` is the share of the schedule that one optimizer step covers: the first step of a warm-up has a rate
+    above zero.
+    """
+    if progress < settings.warmup:
+        return min(1.0, (progress + step) / settings.warmup)
+    rest = (progress - settings.warmup) / (1 - settings.warmup)
+    if settings.schedule == "linear":
+        return 1 - rest
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    return 1.0
+
+
+class LocalOptimizer:
+    """AdamW or SGD over named parameters, with a float32 copy of those that are stored in half precision.
+
+    `received` holds the float32 values that the client downloaded: a half-precision parameter's float32 copy
+    starts from them and not from their rounding.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Tensor], received: dict[str, Tensor], settings: Training
+    ) -> None:
+        self.settings = settings
+        self.parameters = parameters
+        self.masters = {
+            name: received.get(name, value).detach().to(value.device, torch.float32, copy=True)
+            for name, value in parameters.items()
+            if value.dtype != torch.float32
+        }
+        updated = [self.masters.get(name, value) for name, value in parameters.items()]
+        if settings.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(
+                updated,
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                eps=settings.epsilon,
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                updated,
+                lr=settings.learning_rate,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                foreach=False,
+            )
+
+    def step(self, factor: float) -> None:
+        """Update the parameters from their gradients, with the learning rate times `factor`."""
+        settings = self.settings
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            if parameter.grad is not None:
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+        updated = [value for group in self.optimizer.param_groups for value in group["params"]]
+        gradients = [value.grad for value in updated if value.grad is not None]
+        if settings.loss_scale != 1:
+            for gradient in gradients:
+                gradient.div_(settings.loss_scale)
+        if settings.largest_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(updated, settings.largest_gradient_norm, foreach=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                self.parameters[name].copy_(master)
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the trained values, in float32 where a float32 copy is kept."""
+        return {name: self.masters.get(name, value) for name, value in self.parameters.items()}
+
+    def state(self) -> Iterator[Tensor]:
+        """Yield every tensor that the optimizer holds: float32 copies and moments."""
+        yield from self.masters.values()
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's state as named tensors: `<parameter>@exp_avg`, ..., `<parameter>@step`."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(self.masters.get(name, parameter), {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    found[f"{name}@{key}"] = value.detach()
+        return found
+
+    def set_moments(self, moments: dict[str, Tensor]) -> None:
+        """Continue from the state that `moments` returned."""
+        for name, parameter in self.parameters.items():
+            updated = self.masters.get(name, parameter)
+            keys = [key for key in (*MOMENTS, "step") if f"{name}@{key}" in moments]
+            if keys:
+                state = {}
+                for key in keys:
+                    value = moments[f"{name}@{key}"].detach()
+                    state[key] = value.to(updated.device, torch.float32, copy=True)
+                self.optimizer.state[updated] = state
+
+
+def state_of(names: Iterable[str], parameters: dict[str, Tensor], settings: Training) -> dict[str, Tensor]:
+    """Return tensors without values, named and shaped as `LocalOptimizer.moments` after a step."""
+    kinds = ("exp_avg", "exp_avg_sq") if settings.optimizer == "adamw" else ("momentum_buffer",)
+    if settings.optimizer == "sgd" and not settings.momentum:
+        return {}
+    state = {}
+    for name in names:
+        for kind in kinds:
+            state[f"{name}@{kind}"] = torch.empty(parameters[name].shape, device="meta")
+        if settings.optimizer == "adamw":
+            state[f"{name}@step"] = torch.empty((), device="meta")
+    return state

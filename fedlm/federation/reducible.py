@@ -1,0 +1,44 @@
+"""Whether a method's compression finds anything to reduce."""
+
+import torch
+
+from fedlm.base.errors import UserError
+from fedlm.exchange.compression import LayerDrop, free_blocks
+from fedlm.federation.method import Method
+from fedlm.models.blocks import Anatomy, find_blocks
+from fedlm.models.config import Kind, ModelConfig
+from fedlm.models.loading import build_on_meta
+
+
+def check(method: Method, model: ModelConfig, kind: Kind) -> None:
+    """Raise UserError if the method's compression finds nothing to reduce; no weights are read.
+
+    `method` is prepared with a model of shapes without values: take a fresh one.
+    """
+    if method.config.compression is None:
+        return
+    shapes = build_on_meta(model, kind, 2)
+    with torch.device("meta"):
+        adapted = method.prepare(shapes, kind)
+    require_reducible(method, find_blocks(adapted))
+
+
+def require_reducible(method: Method, anatomy: Anatomy) -> None:
+    """Raise UserError if the method's compression would never find anything to reduce.
+
+    `method` is prepared and has a compression; `anatomy` is that of the model as the method adapted it.
+    """
+    operator = method.config.compression
+    exchanged = set(method.exchanged)
+    # Clients and rounds may differ in what is trained; the first of each show whether any leaves a block.
+    for round in (1, 2):
+        for client in range(min(method.clients, 100)):
+            for block in free_blocks(anatomy, method.trainable(client, round)):
+                movable = not isinstance(operator, LayerDrop) or block.module in anatomy.layers
+                if movable and not exchanged.isdisjoint(block.parameters):
+                    return
+    raise UserError(
+        f"compression: {operator.operator} finds nothing to reduce, since every client of {method.name} "
+        "trains all that it downloads; allowed: no compression, or a method whose clients train some of the "
+        "blocks, such as fedcybgd"
+    )

@@ -1,0 +1,47 @@
+"""What the server knows, what a client uploads, and the parts of a turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Server:
+    """What the server knows.
+
+    `tensors` maps the name of each exchanged parameter to its current value on the CPU, `initial` to its
+    value before the first round. `version` counts a parameter's changes, 0 for none. `state` is the method's
+    own (momentum, for example). `kept` is what a client keeps between its turns, by client; it is held here
+    because the simulation has one process, and no other client reads it.
+    """
+
+    tensors: dict[str, Tensor]
+    initial: dict[str, Tensor]
+    version: dict[str, int] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def update(self, name: str, value: Tensor) -> None:
+        """Give a parameter its new value. The old tensor is replaced, never written into."""
+        self.tensors[name] = value
+        self.version[name] = self.version.get(name, 0) + 1
+
+
+class Upload(NamedTuple):
+    """What the server received from one client."""
+
+    client: int
+    examples: int
+    tensors: dict[str, Tensor]
+
+
+class Segment(NamedTuple):
+    """A part of a turn in which the same parameters are trained, with one optimizer."""
+
+    label: str  # names the row of the memory table: "all", "block 3"
+    trainable: list[str]
+    steps: int

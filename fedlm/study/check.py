@@ -1,0 +1,91 @@
+"""Everything that can be checked before the first job: data, models, and what methods ask of them."""
+
+from fedlm.base.errors import UserError
+from fedlm.data import partition
+from fedlm.data.task import Task
+from fedlm.federation import reducible
+from fedlm.federation.facts import facts
+from fedlm.study.plugins import discover_methods, discover_tasks
+from fedlm.study.study import Study
+from fedlm.study.yaml_files import printable
+
+
+def check(study: Study) -> None:
+    """Check a study beyond its file: data files, models, lengths, blocks, labels. Nothing is downloaded.
+
+    Raises UserError with one line for each fault, naming the key's path.
+    """
+    faults: list[str] = []
+
+    def attempt(path: str, action) -> None:
+        try:
+            action()
+        except UserError as error:
+            faults.extend(f"{path}: {printable(line, 1000)}" for line in str(error).splitlines())
+
+    if "cuda" in {study.training.device, *(e.training.get("device") for e in study.tasks.values())}:
+        attempt("training.device", _require_cuda)
+    tasks, methods = discover_tasks(), discover_methods()
+    for label, entry in study.tasks.items():
+        task = tasks[entry.task](entry.settings)
+        path, kind = f"tasks.{label}", task.kind
+        attempt(path, task.check)
+        if not any(fault.startswith(f"{path}:") for fault in faults):
+            _check_partitions(study, label, task, attempt)
+        model = entry.model or study.model
+        try:
+            found = facts(model, kind)
+        except UserError as error:
+            reason = printable(str(error), 1000)
+            reason = reason.removeprefix("model: ")
+            faults.append(f"{path}.model: {reason}" if entry.model else f"model: {reason}")
+            continue
+        length = getattr(entry.settings, "max_length", None)
+        if found.positions is not None and length is not None and length > found.positions:
+            faults.append(
+                f"{path}.max_length: {length}; allowed: at most {found.positions}, the positions of the model"
+            )
+        served = {name: e for name, e in study.methods.items() if e.tasks is None or label in e.tasks}
+        for name, chosen in served.items():
+            kind_of_method = methods[chosen.method]
+            if kind not in kind_of_method.kinds:
+                faults.append(
+                    f"methods.{name}: does not serve {path}, which is {kind}; allowed: "
+                    f"{', '.join(kind_of_method.kinds)} (or name its tasks with methods.{name}.tasks)"
+                )
+                continue
+            built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
+            attempt(f"methods.{name}", lambda built=built, found=found: built.check(found))
+            attempt(
+                f"methods.{name}",
+                lambda built=built, model=model, kind=kind: reducible.check(built, model, kind),
+            )
+            room = (found.positions or 10**9) - built.virtual_tokens()
+            if room < 8:
+                faults.append(
+                    f"methods.{name}: {built.virtual_tokens()} virtual tokens; allowed: at most "
+                    f"{found.positions - 8}, which leaves 8 positions for the text"
+                )
+    if not any(True for _ in study.runs()):
+        faults.append("methods: no run is left; allowed: at least one method for a task and a partition")
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+def _check_partitions(study: Study, label: str, task: Task, attempt) -> None:
+    """Check that the task can be divided as the study asks, as far as that is known without its data."""
+    labels, groups = task.count_labels(), None if task.has_groups else 0
+    most = getattr(task.config, "train_examples", None)  # there may be fewer, which the data say later
+    for name, config in study.partitions.items():
+        clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
+        attempt(
+            f"partitions.{name} (of tasks.{label})",
+            lambda config=config, clients=clients: partition.check(config, clients, most, labels, groups),
+        )
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("cuda; allowed on this machine: auto, cpu (PyTorch finds no CUDA device)")

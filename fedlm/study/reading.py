@@ -1,0 +1,237 @@
+"""From the content of a study file to a study, with every fault named by the path of its key."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedlm.base.errors import UserError
+from fedlm.base.settings import Settings
+from fedlm.data.partition import PartitionConfig
+from fedlm.federation.settings import Federation, Training
+from fedlm.models.config import ModelConfig
+from fedlm.study import plugins
+from fedlm.study.study import LABEL, MethodEntry, Pipeline, Study, TaskEntry
+from fedlm.study.yaml_files import printable, read_yaml, shown
+
+LARGEST_STUDY = 1_000_000  # runs
+
+
+LONGEST_LIST = 50  # faults that are told at once
+
+
+class _Reader:
+    """Collects every fault of a study file, each with the path of its key."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def fault(self, path: str, message: str) -> None:
+        self.faults.append(f"{path}: {message}")
+
+    def told(self) -> list[str]:
+        """Return the faults, or the first of very many."""
+        rest = len(self.faults) - LONGEST_LIST
+        return self.faults[:LONGEST_LIST] + ([f"and {rest} more"] if rest > 0 else [])
+
+    def section(self, values: dict, key: str, default: Any = None) -> Any:
+        """Return the non-empty table of labels under `key`."""
+        table = values.get(key, default)
+        if not isinstance(table, dict) or not table:
+            self.fault(key, f"{shown(table)}; allowed: a table with at least one label")
+            return {}
+        good = {}
+        for label, entry in table.items():
+            if not isinstance(label, str) or not LABEL.fullmatch(label) or label.endswith("."):
+                self.fault(
+                    key,
+                    f"label {shown(label)}; allowed: up to 64 letters, digits and _ . + -, "
+                    "starting with a letter or digit (labels become parts of paths)",
+                )
+            elif entry is not None and not isinstance(entry, dict):
+                self.fault(f"{key}.{label}", f"{shown(entry)}; allowed: a table of settings")
+            else:
+                good[label] = dict(entry or {})
+        folded: dict[str, str] = {}
+        for label in good:
+            if folded.setdefault(label.lower(), label) != label:
+                self.fault(key, f"labels {folded[label.lower()]!r} and {label!r} differ in case only")
+        return good
+
+    def parse(self, path: str, kind: Any, values: Any) -> Any:
+        """Validate `values` as `kind`; on a fault note it and return None."""
+        try:
+            return TypeAdapter(kind).validate_python(values)
+        except ValidationError as error:
+            self.note(path, error, list(getattr(kind, "model_fields", ())))
+        except RecursionError:
+            self.fault(path, "nested too deeply; allowed: a plain table of settings")
+        return None
+
+    def note(self, path: str, error: ValidationError, allowed: list[str] = ()) -> None:
+        for item in error.errors(include_url=False):
+            where = ".".join([path, *(_word(part) for part in item["loc"])]).strip(".")
+            if item["type"] == "extra_forbidden":
+                known = allowed if len(item["loc"]) == 1 else []
+                near = difflib.get_close_matches(str(item["loc"][-1])[:80], known, n=1)
+                rest = f"; allowed: {', '.join(known)}" if known else ""
+                self.fault(where, "unknown key" + (f"; did you mean {near[0]}?" if near else rest))
+            elif item["type"] == "missing":
+                self.fault(where, "missing; the key is required")
+            else:
+                self.fault(where, f"{shown(item.get('input'))}; {printable(item['msg'], 300)}")
+
+
+def _word(part: Any) -> str:
+    return printable(part, 80) if isinstance(part, str) else shown(part)
+
+
+def load(path: str | Path) -> Study:
+    """Read and validate a study file.
+
+    Raises UserError with one line for each fault: the key's path, the value, what is allowed.
+    """
+    return parse(read_yaml(Path(path)), str(path))
+
+
+def parse(values: dict, where: str = "study") -> Study:
+    """Validate the content of a study file; `where` begins each message."""
+    reader = _Reader()
+    known = {
+        "study",
+        "seeds",
+        "model",
+        "federation",
+        "training",
+        "pipeline",
+        "tasks",
+        "partitions",
+        "methods",
+    }
+    for key in values:
+        if key not in known:
+            reader.fault(_word(key), f"unknown key; allowed: {', '.join(sorted(known))}")
+    label = values.get("study")
+    if not isinstance(label, str) or not LABEL.fullmatch(label):
+        reader.fault("study", f"{shown(label)}; allowed: up to 64 letters, digits and _ . + -")
+    seeds = _seeds(reader, values.get("seeds", [1]))
+    model = reader.parse("model", ModelConfig, _model_values(values.get("model", "minilm")))
+    plain = {
+        key: reader.parse(key, kind, {} if values.get(key) is None else values[key])
+        for key, kind in (("federation", Federation), ("training", Training), ("pipeline", Pipeline))
+    }
+    partitions = {
+        name: reader.parse(f"partitions.{name}", PartitionConfig, {"scheme": name, **entry})
+        for name, entry in reader.section(values, "partitions").items()
+    }
+    known_tasks = plugins.discover_tasks()
+    tasks = {
+        name: _task(reader, name, entry, plain, known_tasks)
+        for name, entry in reader.section(values, "tasks").items()
+    }
+    methods = {
+        name: _method(reader, name, entry, plain, tasks, partitions)
+        for name, entry in reader.section(values, "methods").items()
+    }
+    size = len(tasks) * len(partitions) * len(methods) * len(seeds)
+    if size > LARGEST_STUDY:
+        reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
+    if reader.faults:
+        raise UserError("\n".join(f"{where}: {fault}" for fault in reader.told()))
+    return Study(
+        study=label, seeds=seeds, model=model, tasks=tasks, partitions=partitions, methods=methods, **plain
+    )
+
+
+def of_record(record: dict[str, Any]) -> Study:
+    """Return the study of the one run that a record describes. Raises UserError where it cannot be one."""
+    try:
+        found = record["config"]
+        values = {key: found[key] for key in ("model", "federation", "training")}
+        values |= {f"{key}s": {record[key]: found[key]} for key in ("task", "partition", "method")}
+        values |= {"study": record["study"], "seeds": [record["seed"]]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"record: no configuration of a run ({error})") from error
+    return parse(values, "record")
+
+
+def _seeds(reader: _Reader, seeds: Any) -> list[int]:
+    good = isinstance(seeds, list) and 0 < len(seeds) <= 10_000
+    good = good and all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+    if not good or len(set(seeds)) < len(seeds):
+        reader.fault(
+            "seeds", f"{shown(seeds)}; allowed: a list of different whole numbers from 0 to 2^31 - 1"
+        )
+        return []
+    return seeds
+
+
+def _model_values(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _overrides(reader: _Reader, path: str, entry: dict, key: str, base: Settings | None) -> dict[str, Any]:
+    override = entry.pop(key, None)
+    if override is None:
+        return {}
+    if not isinstance(override, dict):
+        reader.fault(f"{path}.{key}", f"{shown(override)}; allowed: a table of settings")
+        return {}
+    if base is not None:
+        values = {**base.model_dump(exclude_unset=True), **override}
+        if reader.parse(f"{path}.{key}", type(base), values) is None:
+            return {}
+    return override
+
+
+def _choice(reader: _Reader, path: str, key: str, name: Any, allowed: dict) -> Any:
+    if not isinstance(name, str) or name not in allowed:
+        reader.fault(f"{path}.{key}", f"{shown(name)}; allowed: {', '.join(sorted(allowed))}")
+        return None
+    return allowed[name]
+
+
+def _task(reader: _Reader, label: str, entry: dict, plain: dict, known: dict) -> TaskEntry | None:
+    path = f"tasks.{label}"
+    name = entry.pop("task", label)
+    found = _choice(reader, path, "task", name, known)
+    model = None
+    if "model" in entry:
+        model = reader.parse(f"{path}.model", ModelConfig, _model_values(entry.pop("model")))
+    overrides = {key: _overrides(reader, path, entry, key, plain[key]) for key in ("federation", "training")}
+    settings = reader.parse(path, found.Config, entry) if found else None
+    return settings and TaskEntry(task=name, settings=settings, model=model, **overrides)
+
+
+def _method(
+    reader: _Reader, label: str, entry: dict, plain: dict, tasks: dict, partitions: dict
+) -> MethodEntry | None:
+    path = f"methods.{label}"
+    name = entry.pop("method", label)
+    found = _choice(reader, path, "method", name, plugins.discover_methods())
+    only = {
+        "tasks": _labels(reader, f"{path}.tasks", entry.pop("tasks", None), tasks),
+        "partitions": _labels(reader, f"{path}.partitions", entry.pop("partitions", None), partitions),
+    }
+    training = _overrides(reader, path, entry, "training", plain["training"])
+    title = entry.pop("title", None)
+    if title is not None and not (isinstance(title, str) and 0 < len(title) <= 60 and title.isprintable()):
+        reader.fault(f"{path}.title", f"{shown(title)}; allowed: one line of up to 60 characters")
+        title = None
+    settings = reader.parse(path, found.Config, entry) if found else None
+    if settings is None:
+        return None
+    if title is None:
+        title = found.title if label == name else f"{found.title} ({label})"
+    return MethodEntry(method=name, settings=settings, title=title, training=training, **only)
+
+
+def _labels(reader: _Reader, path: str, value: Any, allowed: dict) -> list[str] | None:
+    if value is None:
+        return None
+    good = isinstance(value, list) and value
+    if not good or not all(isinstance(label, str) and label in allowed for label in value):
+        reader.fault(path, f"{shown(value)}; allowed: a list of {', '.join(allowed)}")
+        return None
+    return value

@@ -1,0 +1,92 @@
+"""The JSON schema of a study file, for editors."""
+
+import json
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from fedlm.data.partition import PartitionConfig
+from fedlm.federation.settings import Federation, Training
+from fedlm.models.config import ModelConfig
+from fedlm.study import plugins
+from fedlm.study.study import LABEL, Pipeline
+
+
+def schema() -> str:
+    """Return the JSON schema of a study file, as `config/schema.json` holds it."""
+    definitions: dict[str, Any] = {}
+
+    def of(kind: Any) -> dict:
+        found = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        definitions.update(found.pop("$defs", {}))
+        return found
+
+    def reference(kind: Any) -> dict:
+        definitions[kind.__name__] = of(kind)
+        return {"$ref": f"#/$defs/{kind.__name__}"}
+
+    def labelled(key: str, kinds: dict, extra: dict) -> dict:
+        choices = []
+        for name, kind in sorted(kinds.items()):
+            entry = of(kind.Config)
+            entry["title"] = f"{name}: {kind.title}"
+            entry["properties"] = {key: {"const": name}, **extra, **entry.get("properties", {})}
+            choices.append(entry)
+        return {"anyOf": [{"type": "null"}, *choices]}
+
+    def optional(kind: Any) -> dict:
+        return {"anyOf": [{"type": "null"}, reference(kind)]}
+
+    model = {"anyOf": [{"type": "string"}, reference(ModelConfig)]}
+    training, federation = optional(Training), optional(Federation)
+    label_list = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    task_extra = {"model": model, "federation": federation, "training": training}
+    method_extra = {
+        "title": {"type": "string"},
+        "tasks": label_list,
+        "partitions": label_list,
+        "training": training,
+    }
+    names = {"pattern": f"^{LABEL.pattern}$"}
+    tree = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "fedlm-bench study",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["study", "tasks", "partitions", "methods"],
+        "properties": {
+            "study": {"type": "string", **names},
+            "seeds": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+            "model": model,
+            "federation": federation,
+            "training": training,
+            "pipeline": optional(Pipeline),
+            "tasks": {
+                "type": "object",
+                "propertyNames": names,
+                "minProperties": 1,
+                "additionalProperties": labelled("task", plugins.discover_tasks(), task_extra),
+            },
+            "partitions": {
+                "type": "object",
+                "propertyNames": names,
+                "minProperties": 1,
+                "additionalProperties": {
+                    "anyOf": [
+                        {"type": "null"},
+                        of(PartitionConfig),
+                        # The label itself may be the scheme.
+                        {"type": "object", "not": {"required": ["scheme"]}},
+                    ]
+                },
+            },
+            "methods": {
+                "type": "object",
+                "propertyNames": names,
+                "minProperties": 1,
+                "additionalProperties": labelled("method", plugins.discover_methods(), method_extra),
+            },
+        },
+    }
+    tree["$defs"] = definitions
+    return json.dumps(tree, indent=1, sort_keys=True) + "\n"

@@ -1,0 +1,157 @@
+"""A study file: what is compared, on what, with which settings.
+
+A study names tasks, partitions and methods by label; the grid of their labels and the seeds is the list of
+runs. Settings are looked up from the general to the particular: study, then task, then method, each
+overriding single keys of the one before.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from fedlm.base.errors import UserError
+from fedlm.base.settings import Settings
+from fedlm.data.partition import PartitionConfig
+from fedlm.federation.settings import Federation, Training
+from fedlm.models.config import ModelConfig
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+
+
+class Pipeline(Settings):
+    """What a job of the pipeline asks for."""
+
+    threads: int = Field(1, ge=1, le=1024, description="processor cores of one job")
+    runs_per_job: int = Field(1, ge=1, le=10_000, description="runs that share one process")
+    memory_mb: int = Field(3000, ge=256, description="memory of a job for which there is no prediction")
+    minutes: int = Field(60, ge=1, description="time limit of a job")
+    gpus: int = Field(0, ge=0, le=64, description="GPUs of one training job")
+
+
+class TaskEntry(Settings):
+    """One label under `tasks:`; the task's own settings stand beside these keys."""
+
+    task: str
+    settings: Any
+    model: ModelConfig | None = None
+    federation: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+
+
+class MethodEntry(Settings):
+    """One label under `methods:`; the method's own settings stand beside these keys."""
+
+    method: str
+    settings: Any
+    title: str
+    tasks: list[str] | None = None
+    partitions: list[str] | None = None
+    training: dict[str, Any] = {}
+
+
+class Run(NamedTuple):
+    """The labels of one run."""
+
+    task: str
+    partition: str
+    method: str
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """Path of the run below `results/<study>/runs`, without its ending."""
+        return f"{self.task}/{self.partition}/{self.method}/seed{self.seed}"
+
+
+class RunConfig(Settings):
+    """Everything one run depends on, with no label left to look up."""
+
+    study: str
+    task_label: str
+    partition_label: str
+    method_label: str
+    seed: int
+    task: str
+    task_settings: Any
+    model: ModelConfig
+    partition: Any
+    method: str
+    method_settings: Any
+    federation: Federation
+    training: Training
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the configuration as plain values, as a record states it."""
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "task": {"task": self.task, **self.task_settings.model_dump(mode="json")},
+            "partition": self.partition.model_dump(mode="json"),
+            "method": {"method": self.method, **self.method_settings.model_dump(mode="json")},
+            "federation": self.federation.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+        }
+
+
+class Study(Settings):
+    """One configuration file: tasks x partitions x methods x seeds."""
+
+    study: str
+    seeds: list[int] = Field(min_length=1, max_length=10_000)
+    model: ModelConfig
+    federation: Federation = Federation()
+    training: Training = Training()
+    pipeline: Pipeline = Pipeline()
+    tasks: dict[str, TaskEntry]
+    partitions: dict[str, PartitionConfig]
+    methods: dict[str, MethodEntry]
+
+    def runs(self) -> Iterator[Run]:
+        """Yield the study's runs in the order of the file."""
+        for task in self.tasks:
+            for partition in self.partitions:
+                for label, entry in self.methods.items():
+                    if entry.tasks is not None and task not in entry.tasks:
+                        continue
+                    if entry.partitions is not None and partition not in entry.partitions:
+                        continue
+                    for seed in self.seeds:
+                        yield Run(task, partition, label, seed)
+
+    def run(self, task: str, partition: str, method: str, seed: int) -> RunConfig:
+        """Return the configuration of one run.
+
+        Raises UserError for a label that the study does not have.
+        """
+        _known("task", task, self.tasks)
+        _known("partition", partition, self.partitions)
+        _known("method", method, self.methods)
+        of_task, of_method = self.tasks[task], self.methods[method]
+        return RunConfig(
+            study=self.study,
+            task_label=task,
+            partition_label=partition,
+            method_label=method,
+            seed=seed,
+            task=of_task.task,
+            task_settings=of_task.settings,
+            model=of_task.model or self.model,
+            partition=self.partitions[partition],
+            method=of_method.method,
+            method_settings=of_method.settings,
+            federation=_merged(self.federation, of_task.federation),
+            training=_merged(self.training, of_task.training, of_method.training),
+        )
+
+
+def _merged(base: Settings, *overrides: dict[str, Any]) -> Any:
+    values = base.model_dump(exclude_unset=True)
+    for override in overrides:
+        values.update(override)
+    return type(base).model_validate(values)
+
+
+def _known(kind: str, label: str, allowed: dict) -> None:
+    if label not in allowed:
+        raise UserError(f"{kind}: {label!r} is not in the study; allowed: {', '.join(map(str, allowed))}")
