@@ -199,9 +199,9 @@ def test_a_run_falls_back_one_round_or_begins_anew_and_ends_the_same(damaged, pl
     first.run(Checkpoints(tmp_path, "mine", lines.append))
     for path in sorted(tmp_path.iterdir(), reverse=True)[:damaged]:
         path.write_bytes(path.read_bytes()[:-9])
-    again = worlds.federation("fedavg", place, rounds=3, say=lines.append)
+    again = worlds.federation("fedavg", place, rounds=3, log=lines.append)
     again.run(Checkpoints(tmp_path, "mine", lines.append))
-    assert payload.encode(again.server.tensors) == payload.encode(whole.server.tensors)
+    assert payload.encode(again.server.tensors).sha256() == payload.encode(whole.server.tensors).sha256()
     assert again.test == whole.test and again.ledger.upload == whole.ledger.upload
     assert sum("is not used" in line for line in lines) == damaged
     assert ("resumed after round 1/3" in lines) == (damaged == 1)

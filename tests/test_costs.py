@@ -19,7 +19,7 @@ from test_methods import CASES, IDS, KINDS, defaults
 from fedlm import __main__ as program
 from fedlm.costs import prediction, report
 from fedlm.data.prepared import Prepared
-from fedlm.federation.loop import _Batches
+from fedlm.federation.loop import Batches
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.models.config import ModelConfig
@@ -57,7 +57,7 @@ def foretell(run, place, model=None, family="bert", positions=None):
         kind,
         run.data.num_labels,
         run.parts,
-        _Batches(run.data, torch.device("cpu")),
+        Batches(run.data, torch.device("cpu")),
         run.settings,
         run.training,
         positions,

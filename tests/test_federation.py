@@ -14,6 +14,7 @@ from fedlm.exchange import payload
 from fedlm.federation.loop import Federation
 from fedlm.federation.method import Method, MethodConfig, Upload, weighted_mean
 from fedlm.federation.optimizer import rate_factor
+from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Training
 from fedlm.federation.turn import steps_of_turn
 from fedlm.models import loading
@@ -262,7 +263,7 @@ def test_the_schedule_runs_over_the_federation_or_anew_in_each_turn(place, monke
             training={"schedule": "linear", "schedule_span": span},
         )
         run.run()
-    probe, steps = 2, -(-len(run.parts[0]) // 8)
+    probe, steps = 1, -(-len(run.parts[0]) // 8)
     assert seen["federation"][probe:] == pytest.approx([i / (2 * steps) for i in range(2 * steps)])
     assert seen["turn"][probe:] == pytest.approx([i / steps for i in range(steps)] * 2)
 
@@ -280,7 +281,7 @@ def test_sgd_momentum_clipping_and_autocast_change_the_result_and_learn(place):
         run = worlds.federation("fedavg", place, training=training, **base)
         run.run()
         assert math.isfinite(run.rounds[0]["train_loss"])
-        found.append(payload.encode(run.server.tensors))
+        found.append(payload.encode(run.server.tensors).sha256())
     assert len(set(found)) == len(found)
 
 
@@ -342,10 +343,10 @@ def test_dropout_of_the_layers_depends_on_the_seed_alone(place):
         run = worlds.federation("fedavg", place, rounds=1, model={"dropout": 0.5})
         run.run()
         assert torch.equal(torch.get_rng_state(), before)
-        results.append(payload.encode(run.server.tensors))
+        results.append(payload.encode(run.server.tensors).sha256())
     plain = worlds.federation("fedavg", place, rounds=1)
     plain.run()
-    assert results[0] == results[1] != payload.encode(plain.server.tensors)
+    assert results[0] == results[1] != payload.encode(plain.server.tensors).sha256()
 
 
 def test_all_methods_start_from_one_head(place):
@@ -409,7 +410,7 @@ def test_a_truncated_update_fails_the_run(place, monkeypatch):
     messages = []
 
     def cut(tensors, precision="float32"):
-        messages.append(encode(tensors, precision))
+        messages.append(bytes(encode(tensors, precision)))
         return messages[-1][:-5] if len(messages) == 4 else messages[-1]
 
     monkeypatch.setattr(payload, "encode", cut)
@@ -430,4 +431,5 @@ def test_a_loss_that_is_not_finite_fails_the_run(place):
 def test_the_loop_is_readable_in_one_sitting():
     import inspect
 
-    assert len(inspect.getsource(Federation).splitlines()) < 260
+    for part in (Federation, Rounds):
+        assert len(inspect.getsource(part).splitlines()) < 180

@@ -25,7 +25,7 @@ FAMILIES = {"bert": "classification", "gpt2": "causal"}  # GPT-2 stores its matr
 def quick():
     """Leave out the memory probe, which takes most of a tiny turn and changes nothing that is sent."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Turn, "probe", lambda self, segment: None)
+        patch.setattr(Turn, "probe", lambda self, segments, train: None)
         yield
 
 
@@ -75,7 +75,7 @@ class Watched:
             self.after.append(dict(server.tensors))
 
         run.link.receive, run.link.uploaded, run.method.merge = noted_receive, noted_upload, noted_merge
-        self.load = run._load
+        self.load = run.load
         run.run()
 
     def decoded(self, message: bytes):

@@ -96,17 +96,17 @@ class Watched:
             self.turns[-1].down = set(payload.decode(message, run.link.expected()))
             return receive(client, message)
 
-        def noted_fit(turn, segment):
+        def noted_fit(turn, segment, *doors):
             seen = self.turns[-1]
             seen.start = seen.start or values(run.model)
-            fit(turn, segment)
+            fit(turn, segment, *doors)
 
-        def noted_step(turn, batches, optimizer, segment):
+        def noted_step(turn, batches, optimizer, segment, *doors):
             def moments():
                 return {name: value.clone() for name, value in optimizer.moments().items()}
 
             before = moments()
-            loss = step(turn, batches, optimizer, segment)
+            loss = step(turn, batches, optimizer, segment, *doors)
             examples = numpy.concatenate(batches).tolist()
             made = Step(
                 segment.label, segment.trainable, examples, before, moments(), run.instruments.dropped
@@ -129,7 +129,7 @@ class Watched:
         run.link.send, run.link.receive, run.link.uploaded = noted_send, noted_receive, noted_upload
         run.method.merge = noted_merge
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Turn, "probe", lambda self, segment: None)
+            patch.setattr(Turn, "probe", lambda self, segments, train: None)
             patch.setattr(Turn, "fit", noted_fit)
             patch.setattr(Turn, "_step", noted_step)
             run.run()
@@ -532,9 +532,9 @@ def test_adapter_weights_are_in_the_optimizer_and_change(method, place):
 def test_the_servers_model_is_scored_and_not_the_last_clients(place):
     seen = Watched(place, compression={"operator": "prune", "sparsity": 0.9})
     run, last = seen.run, seen.turns[-1].end
-    run._load(run.server.tensors)
+    run.load(run.server.tensors)
     assert score(run.model, run.data, run.split.test, 64) == run.test
-    run._load({name: last[name] for name in run.server.tensors})
+    run.load({name: last[name] for name in run.server.tensors})
     assert score(run.model, run.data, run.split.test, 64)["loss"] != run.test["loss"]
 
 

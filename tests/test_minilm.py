@@ -6,7 +6,7 @@ import torch
 from fedlm.costs import prediction
 from fedlm.data.tokenising import prepare
 from fedlm.exchange import payload
-from fedlm.federation.loop import Federation, _Batches
+from fedlm.federation.loop import Batches, Federation
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.models import loading
@@ -76,7 +76,7 @@ def test_a_turn_of_each_method(name, news):
         "classification",
         5,
         [split.train[:10], split.train[10:]],
-        _Batches(news, torch.device("cpu")),
+        Batches(news, torch.device("cpu")),
         run.settings,
         run.training,
     )

@@ -1,5 +1,7 @@
 """Payloads: the bytes are what the size says, and a bad message is refused by name."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,15 +27,26 @@ def test_bytes_are_those_of_safetensors_and_size_foretells_them(described, preci
     message = encode(tensors, precision)
     assert len(message) == size(tensors, precision)
     wide = payload.PRECISIONS[precision]
-    assert message == save({n: t.to(wide) if t.is_floating_point() else t for n, t in tensors.items()})
-    decoded = decode(message, tensors)
-    assert decoded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert decoded[name].dtype == tensor.dtype and torch.equal(decoded[name], tensor)
+    assert bytes(message) == save({n: t.to(wide) if t.is_floating_point() else t for n, t in tensors.items()})
+    assert message.sha256() == hashlib.sha256(bytes(message)).hexdigest()
+    for decoded in (
+        decode(message, tensors),
+        decode(bytes(message), tensors),
+        decode(message, tensors, own=True),
+    ):
+        assert decoded.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert decoded[name].dtype == tensor.dtype and torch.equal(decoded[name], tensor)
 
 
 def test_the_empty_payload_is_no_message():
-    assert encode({}) == b"" and size({}) == 0 and decode(b"", {"a": torch.zeros(1)}) == {}
+    assert (
+        bytes(encode({})) == b""
+        and len(encode({})) == 0
+        and decode(encode({}), {}) == {}
+        and size({}) == 0
+        and decode(b"", {"a": torch.zeros(1)}) == {}
+    )
 
 
 @given(st.integers(1, 6), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1000))
@@ -62,6 +75,30 @@ def test_sizes_are_foretold_without_values():
     foretold = size({"w": Pruned(tensor, None, 12), "v": Quantized(tensor, 1)})
     real, mask = torch.randn(6, 10), torch.arange(60).view(6, 10) % 5 == 0
     assert foretold == len(encode({"w": Pruned(real, mask), "v": Quantized(real, 1)}))
+    parts = {"w": Pruned(tensor, None, 12), "v": Quantized(tensor, 1)}
+    assert foretold == len(encode(parts))
+    assert all(
+        v.is_meta and v.shape == (6, 10) for v in decode(encode(parts), {"w": tensor, "v": tensor}).values()
+    )
+
+
+def test_what_is_received_is_shared_or_owned():
+    sent = {"a": torch.ones(3), "n": torch.ones(2, dtype=torch.int64)}
+    shared, owned = (decode(encode(sent), sent, own=own) for own in (False, True))
+    sent["a"].fill_(2), sent["n"].fill_(2)
+    assert shared["a"].sum() == 6 and owned["a"].sum() == 3 and owned["n"].sum() == 2
+
+
+@given(entries)
+def test_a_payload_without_values_has_the_same_length_and_shapes(described):
+    tensors = {name: torch.ones(shape).to(kind) for name, (kind, shape) in described.items()}
+    empty = {name: value.to("meta") for name, value in tensors.items()}
+    message = encode(empty)
+    assert len(message) == len(encode(tensors))
+    decoded = decode(message, empty, own=True)
+    assert {n: (v.shape, v.dtype, v.is_meta) for n, v in decoded.items()} == {
+        n: (v.shape, v.dtype, True) for n, v in tensors.items()
+    }
 
 
 EXPECTED = {"a": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
@@ -73,7 +110,7 @@ EXPECTED = {"a": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
         (b"x", "not a payload"),
         (b"\xff" * 64, "not a payload"),
         ((1 << 60).to_bytes(8, "little") + b"{}", "not a payload"),
-        (encode({"a": torch.zeros(2, 3)})[:-1], "not a payload"),
+        (bytes(encode({"a": torch.zeros(2, 3)}))[:-1], "not a payload"),
         (encode({"b": torch.zeros(2, 3)}), "unknown tensor 'b'"),
         (encode({"a": torch.zeros(3, 2)}), "a: shape (3, 2); expected (2, 3)"),
         (encode({"a": torch.zeros(2, 3, dtype=torch.int64)}), "a: type"),
@@ -99,7 +136,9 @@ def test_random_bytes_never_crash(message):
             decode(message, EXPECTED)
 
 
-VALID = encode({"a": Pruned(torch.ones(2, 3), torch.ones(2, 3) > 0), "n": torch.zeros(2, dtype=torch.int64)})
+VALID = bytes(
+    encode({"a": Pruned(torch.ones(2, 3), torch.ones(2, 3) > 0), "n": torch.zeros(2, dtype=torch.int64)})
+)
 
 
 @given(st.data())

@@ -84,7 +84,7 @@ def federation(
     model: dict | None = None,
     federation: dict | None = None,
     training: dict | None = None,
-    say=lambda line: None,
+    log=lambda line: None,
     **config,
 ) -> Federation:
     """Return a federation, ready to run. `config` are the method's settings."""
@@ -103,7 +103,7 @@ def federation(
         Training(**{"learning_rate": 1e-2, "batch_size": 8, "device": "cpu", **(training or {})}),
         seed,
         loading.max_positions(source),
-        say,
+        log,
     )
 
 

@@ -1,4 +1,4 @@
-"""The ground floor: errors, files written whole or not at all, named random streams, settings, checked downloads.
+"""The ground floor: errors, whole files, named random streams, settings, checked downloads.
 
 For everyone above: `errors`, `files`, `randomness`, `settings`, `downloads`.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from fedlm.data.task import Kind
 from fedlm.exchange import payload
-from fedlm.federation.link import Link
-from fedlm.federation.loop import Federation
-from fedlm.federation.method import Method, Segment, Server, Upload
-from fedlm.federation.optimizer import state_of
+from fedlm.federation.method import Method
+from fedlm.federation.optimizer import Correction, state_of
+from fedlm.federation.passes import Batch, Pass, Step, Term
+from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
-from fedlm.federation.turn import Batch, ForwardBackward, Step, Turn, steps_of_turn
+from fedlm.federation.state import Segment
+from fedlm.federation.turn import Turn
 from fedlm.measure.instruments import Instruments
-from fedlm.measure.ledger import Ledger
 from fedlm.measure.memory import KINDS, Memory, older_objects_set_aside
 from fedlm.models.config import ModelConfig
 from fedlm.models.fake import fake_model
@@ -108,71 +108,65 @@ class _Work(NamedTuple):
 class _Occasion(NamedTuple):
     """Where work was met first: enough to do it once."""
 
-    client: int
-    round: int
+    turn: _RecordedTurn
     segment: Segment
     step: Step
 
 
-class _FakeTurn(Turn):
-    """A turn on fake tensors: labels cannot be counted, so each forward pass weighs the same."""
+class _RecordedTurn(Turn):
+    """A turn that records what it would do; the work itself is done once for all equal turns."""
 
-    @staticmethod
-    def _targets(batch: Batch) -> int:
-        return 1
-
-    def _make_state(self, step, optimizer, segment) -> None:
-        for parameter in optimizer.parameters.values():
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step(1.0)
-
-    def _probed_step(self, step, optimizer, segment) -> None:
-        # FLOPs are counted on the way, unless layers are computed again: the counter keeps their insides.
-        again = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        self._step(step, optimizer, None if again else segment)
-
-    def count_flops(self, segment: Segment, step: Step) -> int:
-        """Return the FLOPs of a forward and backward pass."""
-        trained = set(segment.trainable)
-        self.model.train()
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(name in trained)
-        batch = self._make_batch(step[0])
-        work = ForwardBackward(self.model, batch, self.settings, 1.0)
-        flops = self._instruments.flops_of(segment, batch, work)
-        self.model.zero_grad()
-        return flops
-
-
-class _RehearsedTurn(_FakeTurn):
-    """A turn that notes what it would do; the work itself is done once for all turns alike."""
-
-    def __init__(self, book: _Book, *args, **options) -> None:
+    def __init__(self, work: _Recorded, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._book = book
+        self._work = work
+        self._kept_before = dict(self.kept)
 
-    def probe(self, segment: Segment, step: Step | None = None) -> None:
-        if segment.trainable and self._plan:
-            step = step or self._largest()
-            self._book.probe(_Occasion(self.client, self.round, segment, step), self._shape(step))
+    def probe(self, segments: Sequence[Segment], train: Callable[[Turn], None]) -> None:
+        for segment in segments:
+            if self._plan and segment.steps and (segment.trainable or segment.forward_only):
+                step = self.largest_step()
+                self._work.probe(_Occasion(self, segment, step), self.size(step))
 
-    def fit(self, segment: Segment) -> None:
+    def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if not segment.trainable or not segment.steps:
             return
         for step in self._plan[self._done : self._done + segment.steps]:
-            for indices in step:
-                self._book.passes(_Occasion(self.client, self.round, segment, [indices]), self._make_batch)
+            self._record(segment, step)
             self._done += 1
         if self.moments != "reset":
             moments = state_of(segment.trainable, self._parameters, self.settings)
             (self.kept if self.moments == "client" else self._values).update(moments)
 
-    def keep(self, values: dict[str, Tensor]) -> None:
-        self.kept.update(values)
+    def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
+        for step in self._plan[begin : begin + segment.steps]:
+            self._record(segment, step, backward=False)
+            self.queries += len(step)
+        return 0.0
+
+    def _record(self, segment: Segment, step: Step, backward: bool = True) -> None:
+        for indices in step:
+            self._work.passes(_Occasion(self, segment, [indices]), self._make_batch, backward)
+
+    def again(self) -> Turn:
+        """Return a turn that can do what this one recorded, on tensors of the present mode."""
+        received, kept = _empty(self.received), _empty(self._kept_before)
+        return Turn(
+            self.model,
+            self.settings,
+            self._plan,
+            self._make_batch,
+            self._instruments,
+            self.client,
+            self.round,
+            self.rounds,
+            received,
+            kept,
+            self.moments,
+        )
 
 
-class _Book:
-    """The work of a run: how often each forward pass is done, and the largest step of each segment."""
+class _Recorded:
+    """The work of a run: how often each pass is done, and the largest step of each segment."""
 
     def __init__(self, instruments: Instruments) -> None:
         self.instruments = instruments
@@ -180,110 +174,84 @@ class _Book:
         self.where: dict[_Work, _Occasion] = {}
         self.largest: dict[_Work, tuple[int, _Occasion]] = {}
 
-    def probe(self, occasion: _Occasion, elements: int) -> None:
-        """Note a step of so many elements if it is the largest of its segment so far."""
+    def probe(self, occasion: _Occasion, tokens: int) -> None:
+        """Record a step of so many tokens if it is the largest of its segment so far."""
         work = _Work(tuple(occasion.segment.trainable), self.instruments.dropped, occasion.segment.label)
-        if elements > self.largest.get(work, (0,))[0]:
-            self.largest[work] = elements, occasion
+        if tokens > self.largest.get(work, (0,))[0]:
+            self.largest[work] = tokens, occasion
 
-    def passes(self, occasion: _Occasion, make_batch: Callable[[numpy.ndarray], Batch]) -> None:
-        """Note a forward and backward pass."""
+    def passes(
+        self, occasion: _Occasion, make_batch: Callable[[numpy.ndarray], Batch], backward: bool
+    ) -> None:
+        """Record a pass over one batch."""
         batch = make_batch(occasion.step[0])
-        shapes = tuple((name, tuple(value.shape)) for name, value in batch.items())
+        shapes = (backward, *((name, tuple(value.shape)) for name, value in batch.items()))
         work = _Work(tuple(occasion.segment.trainable), self.instruments.dropped, shapes)
         self.count[work] += 1
         self.where.setdefault(work, occasion)
 
 
-class _Rehearsal(Federation):
-    """A federation without values: everything happens but training and scoring."""
+class _Rehearsal(Rounds):
+    """The rounds of a run on a model without values: everything happens but the work of the turns."""
 
-    def __init__(
-        self,
-        method: Method,
-        model: torch.nn.Module,
-        broadcast: int,
-        parts: list[numpy.ndarray],
-        batches: Callable[[numpy.ndarray], Batch],
-        federation: FederationConfig,
-        training: Training,
-    ) -> None:
-        self.method, self.model, self.seed = method, model, method.seed
-        self.settings, self.training, self.batches = federation, training, batches
-        self.device = torch.device("cpu")
-        self.parts = parts
-        parameters = dict(model.named_parameters())
-        initial = {name: _like(parameters[name]) for name in method.exchanged}
-        self.server = Server(dict(initial), initial)
-        self.ledger = Ledger(broadcast)
-        self.instruments = Instruments()
-        self.link = Link(self)
-        self.book = _Book(self.instruments)
-        self.clock: dict[str, float] = defaultdict(float)
-        self.turns = self.answered = 0
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.work = _Recorded(self.instruments)
+
+    def _make_turn(self, client: int, round: int, received: dict[str, Tensor]) -> Turn:
+        turn = super()._make_turn(client, round, received)
+        return _RecordedTurn(
+            self.work,
+            turn.model,
+            turn.settings,
+            turn._plan,
+            turn._make_batch,
+            turn._instruments,
+            turn.client,
+            turn.round,
+            turn.rounds,
+            turn.received,
+            turn.kept,
+            turn.moments,
+        )
 
     def run(self) -> None:
-        """Let all turns of all rounds pass; afterwards the ledger and the book are filled."""
+        """Play all rounds; afterwards the ledger and the record of the work are filled."""
         for round in range(1, self.settings.rounds + 1):
-            for cohort in self.method.cohorts(self.sample(round), round):
-                self._merge(cohort, round)
+            self.play(round)
 
-    def memory(self, occasion: _Occasion) -> Memory:
+    def memory_of(self, occasion: _Occasion) -> Memory:
         """Do the step of an occasion on fake tensors and return its memory."""
         self.instruments.memory.clear()
         self.instruments.largest.clear()
-        with self.link.depth(occasion.client, occasion.round):
-            self._fake_turn(occasion).probe(occasion.segment)
-        return self.instruments.memory[occasion.segment.label]
+        turn, segment = occasion.turn, occasion.segment
+        with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
+            turn.again().probe([segment], self.method.train)
+        return self.instruments.memory[segment.label]
 
-    def flops(self, occasion: _Occasion) -> int:
-        """Return the FLOPs of an occasion, done on fake tensors if none like it was done before."""
-        with self.link.depth(occasion.client, occasion.round):
-            return self._fake_turn(occasion).count_flops(occasion.segment, occasion.step)
+    def flops_of(self, occasion: _Occasion, backward: bool) -> int:
+        """Return the FLOPs of an occasion, done on fake tensors if no equal one was done before."""
+        turn, trained = occasion.turn, set(occasion.segment.trainable)
+        with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
+            self.model.train()
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in trained)
+            batch = self.make_batch(occasion.step[0])
+            work = Pass(self.model, batch, self.training, backward=backward)
+            found = self.instruments.flops_of(occasion.segment.trainable, batch, work, backward)
+            self.model.zero_grad()
+        return found
 
     def kept_bytes(self) -> int:
         """Return the bytes of all that clients keep; what several have in the same version is held once."""
         own = sum(value.nbytes for kept in self.server.kept.values() for value in kept.values())
-        seen = {(name, version) for books in self.link.seen.values() for name, (version, _) in books.items()}
+        seen = {(name, version) for has in self.link.seen.values() for name, (version, _) in has.items()}
         initial = self.server.initial
         return own + sum(initial[name].nbytes for name, version in seen if version and name in initial)
 
-    def _fake_turn(self, occasion: _Occasion) -> _FakeTurn:
-        return _FakeTurn(self.model, self.training, [occasion.step], self.batches, self.instruments)
 
-    def _turn(self, client: int, round: int) -> Upload | None:
-        self.turns += 1
-        precision = self.method.config.payload
-        sent = self.link.plan(client, round, values=False)
-        self.link.note(client, sent)
-        self.ledger.downloaded(client, payload.size(sent, precision))
-        if not self.answers(client, round):
-            return None
-        self.answered += 1
-        self.instruments.dropped = tuple(self.link.dropped(client, round))
-        turn = _RehearsedTurn(
-            self.book,
-            self.model,
-            self.training,
-            steps_of_turn(self.parts[client], self.training, self.seed, round, client),
-            self.batches,
-            self.instruments,
-            client=client,
-            round=round,
-            rounds=self.settings.rounds,
-            kept=self.server.kept.setdefault(client, {}),
-            moments=self.method.config.moments,
-        )
-        for segment in self.method.segments(client, round, turn.steps):
-            turn.probe(segment)
-        self.method.train(turn)
-        upload = self.method.upload(turn)
-        self.ledger.uploaded(client, payload.size(upload, precision))
-        tensors = {name: _like(value) for name, value in upload.items()}
-        self.link.uploaded(client, tensors)
-        if not turn.kept:
-            del self.server.kept[client]
-        return Upload(client, len(self.parts[client]), tensors)
+def _empty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items()}
 
 
 def predict(
@@ -316,17 +284,17 @@ def predict(
         parameters = sum(parameter.numel() for parameter in built.parameters())
         broadcast = payload.size(dict(built.named_parameters()), method.config.payload)
         built = method.prepare(built, kind)
-        run = _Rehearsal(method, built, broadcast, parts, batches, federation, training)
+        run = _Rehearsal(method, built, parts, batches, federation, training, method.seed, broadcast)
         # The rounds pass before the model becomes a fake one, which is many times slower.
         run.run()
         return built
 
     run, parameters = None, 0
     with fake_model(model, kind, num_labels, rehearse), older_objects_set_aside():
-        book = run.book
-        occasions = {work: occasion for work, (_, occasion) in book.largest.items()}
-        memory = _measure(occasions, lambda one: asdict(run.memory(one)), positions)
-        flops = _measure(book.where, lambda one: {"flops": run.flops(one)}, positions)
+        recorded = run.work
+        occasions = {work: occasion for work, (_, occasion) in recorded.largest.items()}
+        memory = _measure(occasions, lambda work, one: asdict(run.memory_of(one)), positions)
+        flops = _measure(recorded.where, lambda work, one: {"flops": run.flops_of(one, work.what[0])}, positions)
     by_label: dict[str, Memory] = {}
     for work, found in memory.items():
         kinds = {name: round(found[name]) for name in KINDS}
@@ -343,10 +311,10 @@ def predict(
         broadcast_bytes=run.ledger.broadcast_size,
         download_bytes=run.ledger.download,
         upload_bytes=run.ledger.upload,
-        turns=run.turns,
-        answered=run.answered,
+        turns=run.ledger.downloads,
+        answered=run.ledger.uploads,
         kept_bytes=run.kept_bytes(),
-        flops=sum(round(flops[work]["flops"]) * count for work, count in book.count.items()),
+        flops=sum(round(flops[work]["flops"]) * count for work, count in recorded.count.items()),
         memory=by_label,
         interpolated=tuple(
             dict.fromkeys(work.what for work, found in memory.items() if found.get("interpolated"))
@@ -356,11 +324,13 @@ def predict(
 
 
 def _measure(
-    occasions: dict[_Work, _Occasion], measure: Callable[[_Occasion], dict[str, Any]], positions: int | None
+    occasions: dict[_Work, _Occasion],
+    measure: Callable[[_Work, _Occasion], dict[str, Any]],
+    positions: int | None,
 ) -> dict[_Work, dict[str, Any]]:
     """Return what each work costs; of works that differ in position only, measured at some positions."""
     if positions is None:
-        return {work: measure(occasion) for work, occasion in occasions.items()}
+        return {work: measure(work, occasion) for work, occasion in occasions.items()}
     alike: dict[Hashable, dict[int, list[_Work]]] = defaultdict(lambda: defaultdict(list))
     for work in occasions:
         key, position = _place(work, occasions[work])
@@ -369,7 +339,7 @@ def _measure(
     for places in alike.values():
         there = sorted(places)
         chosen = _spread(there, max(positions, LEAST_POSITIONS))
-        measured = {place: measure(occasions[places[place][0]]) for place in chosen}
+        measured = {place: measure(places[place][0], occasions[places[place][0]]) for place in chosen}
         for place, works in places.items():
             for number, work in enumerate(works):
                 if place in measured:
@@ -409,9 +379,3 @@ def _place(work: _Work, occasion: _Occasion) -> tuple[Hashable, int]:
 
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """Return a tensor without values as the server holds it: a new one, in float32."""
-    kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=kind, device="meta")

@@ -1,15 +1,18 @@
 """Payloads: the named tensors that cross the network, as bytes.
 
-A payload is one safetensors file in memory. Its length is the traffic; nothing is multiplied out. A tensor
-travels dense, or in one of the reduced forms below, each stored as parts whose names end in `#<part>`:
+A payload is one safetensors file in memory. Its length is the traffic; nothing is multiplied out. A dense
+tensor is its own bytes: nothing is copied to send it. Tensors without values (meta) make a payload of the
+same length that cannot be written out, which is how costs are predicted. A tensor travels dense, or in one of
+the reduced forms below, each stored as parts whose names end in `#<part>`:
 
     dense       name                        the values, in the payload's precision
     pruned      name#mask, name#values      one bit an element (packed), and the values that were kept
     quantized   name#int8, name#scale       one byte an element, and one scale per output channel
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +43,7 @@ class PayloadError(Exception):
 class Pruned:
     """A tensor of which only the elements under `mask` travel; the others are zero at the receiver.
 
-    Where sizes are foretold without values there is no mask, and `kept` says how many elements travel.
+    A tensor without values has no mask, and `kept` says how many elements travel.
     """
 
     tensor: Tensor
@@ -49,11 +52,17 @@ class Pruned:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """Return the stored parts: the packed mask (ceil(n / 8) bytes) and the kept values (k,)."""
+        if self.mask is None:
+            packed = torch.empty(-(-self.tensor.numel() // 8), dtype=torch.uint8, device="meta")
+            return {f"{name}#mask": packed, f"{name}#values": torch.empty(self.count(), device="meta")}
         return {f"{name}#mask": pack(self.mask), f"{name}#values": self.tensor[self.mask]}
 
     def count(self) -> int:
         """Return the number of values that travel."""
-        return int(self.mask.sum()) if self.kept is None else self.kept
+        if self.mask is not None:
+            return int(self.mask.sum())
+        assert self.kept is not None, "a pruned tensor has a mask or a number of kept values"
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -110,21 +119,46 @@ def _parts(tensors: Mapping[str, Sendable], precision: torch.dtype) -> dict[str,
     return parts
 
 
-def encode(tensors: Mapping[str, Sendable], precision: str = "float32") -> bytes:
-    """Return the payload's bytes; the empty payload is no message at all, so no bytes."""
-    if not tensors:
-        return b""
-    parts = _parts(tensors, PRECISIONS[precision])
-    order, header = _layout((name, part.dtype, tuple(part.shape)) for name, part in parts.items())
-    content = (parts[name].cpu().flatten().view(torch.uint8).numpy() for name in order)
-    return b"".join([header, *content])
+class Message:
+    """An encoded payload: a header and the stored parts, whose memory is its content.
+
+    `len(message)` is the traffic, `bytes(message)` the safetensors file. The empty payload is no message at
+    all, so no bytes.
+    """
+
+    def __init__(self, parts: dict[str, Tensor]) -> None:
+        self.parts = parts
+        order, header = _layout((name, part.dtype, tuple(part.shape)) for name, part in parts.items())
+        self._order, self._header = order, header if parts else b""
+        self._length = len(self._header) + sum(part.nbytes for part in parts.values())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the bytes in order, tensor by tensor."""
+        yield self._header
+        for name in self._order:
+            yield memoryview(self.parts[name].cpu().flatten().view(torch.uint8).numpy())
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def sha256(self) -> str:
+        """Return the hexadecimal SHA-256 of the bytes."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def encode(tensors: Mapping[str, Sendable], precision: str = "float32") -> Message:
+    """Return the payload of these tensors, whose memory it shares where they travel as they are."""
+    return Message(_parts(tensors, PRECISIONS[precision]))
 
 
 def size(tensors: Mapping[str, Sendable], precision: str = "float32") -> int:
-    """Return `len(encode(tensors, precision))` from names, shapes and types alone.
-
-    Works on fake and meta tensors, whose values do not exist; a Pruned then says how many it keeps.
-    """
+    """Return `len(encode(tensors, precision))` from names, shapes and types alone."""
     if not tensors:
         return 0
     wide = PRECISIONS[precision]
@@ -166,20 +200,20 @@ def _layout(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tupl
     return [entry[0] for entry in order], len(text).to_bytes(8, "little") + text
 
 
-def decode(message: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def decode(message: Message | bytes, expected: Mapping[str, Tensor], own: bool = False) -> dict[str, Tensor]:
     """Return the tensors of a payload, checked against what may be in it.
 
     `expected` holds, for each name that may occur, a tensor of the right shape and type; values come back in
-    that type, on the CPU. Raises PayloadError, naming the tensor, on anything else: bytes that are not a
-    payload, an unknown name, a wrong shape, a missing part. No more memory is taken than the message's
-    length and the expected shapes account for.
+    that type, on the CPU. With `own` they have memory of their own; without, values that travelled as they
+    are share the sender's, and nobody may write into them.
+
+    Raises PayloadError, naming the tensor, on anything else: bytes that are not a payload, an unknown name, a
+    wrong shape, a missing part. No more memory is taken than the message's length and the expected shapes
+    account for.
     """
     if not message:
         return {}
-    try:
-        parts = load(message)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise PayloadError(f"not a payload: {str(error)[:200]}") from error
+    parts = message.parts if isinstance(message, Message) else _read(message)
     tensors: dict[str, Tensor] = {}
     for part, value in parts.items():
         name, _, kind = part.partition("#")
@@ -191,24 +225,37 @@ def decode(message: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 raise PayloadError(f"{name}: shape {tuple(value.shape)}; expected {tuple(like.shape)}")
             if value.is_floating_point() != like.is_floating_point():
                 raise PayloadError(f"{name}: type {value.dtype}; expected {like.dtype}")
-            tensors[name] = value.to(like.dtype)
+            place = value.device if value.is_meta else "cpu"
+            tensors[name] = value.to(place, like.dtype, copy=own)
         elif kind == "mask":
-            values = parts.get(f"{name}#values")
-            mask = unpack(value, like.shape)
-            if values is None or values.shape != (int(mask.sum()),) or not values.is_floating_point():
-                raise PayloadError(f"{name}: as many values as the mask has ones are expected")
-            tensors[name] = torch.zeros(like.shape, dtype=like.dtype).masked_scatter_(
-                mask, values.to(like.dtype)
-            )
+            tensors[name] = _pruned(name, value, parts.get(f"{name}#values"), like)
         elif kind == "int8":
-            scale = parts.get(f"{name}#scale")
-            if value.dtype != torch.int8 or value.shape != like.shape or value.dim() != 2:
-                raise PayloadError(f"{name}: int8 of shape {tuple(like.shape)} is expected")
-            rows, columns = like.shape
-            fits = scale is not None and scale.shape in ((rows, 1), (1, columns))
-            if not fits or scale.dtype != torch.float32:
-                raise PayloadError(f"{name}: {rows} scales by row or {columns} by column are expected")
-            tensors[name] = (value.float() * scale).to(like.dtype)
+            tensors[name] = _quantized(name, value, parts.get(f"{name}#scale"), like)
         elif f"{name}#{ {'values': 'mask', 'scale': 'int8'}.get(kind, '') }" not in parts:
             raise PayloadError(f"{name}: stray part {kind[:40]!r}")
     return tensors
+
+
+def _read(message: bytes) -> dict[str, Tensor]:
+    try:
+        return load(message)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise PayloadError(f"not a payload: {str(error)[:200]}") from error
+
+
+def _pruned(name: str, packed: Tensor, values: Tensor | None, like: Tensor) -> Tensor:
+    if packed.is_meta:
+        return torch.empty(like.shape, dtype=like.dtype, device="meta")
+    mask = unpack(packed, like.shape)
+    if values is None or values.shape != (int(mask.sum()),) or not values.is_floating_point():
+        raise PayloadError(f"{name}: as many values as the mask has ones are expected")
+    return torch.zeros(like.shape, dtype=like.dtype).masked_scatter_(mask, values.to(like.dtype))
+
+
+def _quantized(name: str, steps: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    if steps.dtype != torch.int8 or steps.shape != like.shape or steps.dim() != 2:
+        raise PayloadError(f"{name}: int8 of shape {tuple(like.shape)} is expected")
+    rows, columns = like.shape
+    if scale is None or scale.shape not in ((rows, 1), (1, columns)) or scale.dtype != torch.float32:
+        raise PayloadError(f"{name}: {rows} scales by row or {columns} by column are expected")
+    return (steps.float() * scale).to(like.dtype)

@@ -1,21 +1,19 @@
 """The way from the server to a client: what must travel, in which form, and what the client already has."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from fedlm.base.randomness import numpy_stream
 from fedlm.exchange import compression, payload, pruning
 from fedlm.exchange.compression import LayerDrop, Prune, Quantize, Stale
+from fedlm.federation.method import Method
 from fedlm.federation.reducible import require_reducible
+from fedlm.federation.state import Server
 from fedlm.models import blocks
-
-if TYPE_CHECKING:
-    from fedlm.federation.loop import Federation
 
 NO_VERSION = -1  # of a parameter that a client has in a form of its own
 
@@ -28,46 +26,51 @@ class Link:
     `copies` holds the values and `seen` notes which version of each parameter that is, and whether exactly.
     The other caches cost nothing per client.
 
-    To foretell sizes, `plan(..., values=False)`, it needs of the federation `method`, `server`, `model` and
-    `seed`, whose tensors may be without values (meta). Raises UserError if the method leaves nothing to
-    reduce.
+    `observe` returns what the linear layers are given on so many calibration examples. Tensors may be without
+    values (meta); then pruned matrices have no mask, only the number of values that it would keep. Raises
+    UserError if the method leaves nothing to reduce.
     """
 
-    def __init__(self, federation: "Federation") -> None:
-        self.federation = federation
-        self.method, self.server = federation.method, federation.server
-        self.config = federation.method.config
+    def __init__(
+        self,
+        method: Method,
+        server: Server,
+        model: Module,
+        seed: int,
+        observe: Callable[[int], dict[str, pruning.Inputs]] | None = None,
+    ) -> None:
+        self.method, self.server, self.model, self.seed = method, server, model, seed
+        self.observe = observe
+        self.config = method.config
         self.copies: dict[int, dict[str, Tensor]] = {}
         self.seen: dict[int, dict[str, tuple[int, bool]]] = {}
         self._uploaded: tuple[int, dict[str, Tensor]] | None = None
         self._inputs: tuple[int, dict[str, pruning.Inputs]] = (0, {})  # the round, and what was seen in it
         self._masks: dict[str, tuple[tuple[int, int], Tensor]] = {}
         if self.config.compression:
-            self.anatomy = blocks.find_blocks(federation.model)
-            self.linear = pruning.linear_weights(federation.model)
+            self.anatomy = blocks.find_blocks(model)
+            self.linear = pruning.linear_weights(model)
             require_reducible(self.method, self.anatomy)
 
     def expected(self) -> dict[str, Tensor]:
         """Return, for every name that may be in a payload, a tensor of its shape and type."""
         expected = dict(self.server.initial)
+        for name, value in self.server.initial.items():
+            expected |= {f"{name}@{kind}": value for kind in self.method.companions}
         if self.config.moments == "handed_on":
             for name, value in self.server.initial.items():
                 expected |= {f"{name}@{key}": value for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
                 expected[f"{name}@step"] = torch.zeros(())
         return expected
 
-    def send(self, client: int, round: int) -> tuple[bytes, AbstractContextManager]:
-        """Return the encoded download, and a context in which the model is as deep as the client's copy."""
-        sent = self.plan(client, round)
-        self.note(client, sent)
-        return payload.encode(sent, self.config.payload), self.depth(client, round)
+    def send(self, client: int, round: int) -> payload.Message:
+        """Return the encoded download."""
+        sent = self._plan(client, round)
+        self._note(client, sent)
+        return payload.encode(sent, self.config.payload)
 
-    def plan(self, client: int, round: int, values: bool = True) -> dict[str, payload.Sendable]:
-        """Return what travels to the client, each parameter in the form in which it travels.
-
-        Nothing is noted. With `values=False` pruned matrices come without a mask, only with the number of
-        values that it keeps: enough for `payload.size`, and all that can be known without values.
-        """
+    def _plan(self, client: int, round: int) -> dict[str, payload.Sendable]:
+        """Return what travels to the client, each parameter in the form in which it travels."""
         trained = set(self.method.trainable(client, round))
         free = self._free(trained)
         absent = self._absent(free, client, round)
@@ -80,11 +83,11 @@ class Link:
             if value is not self.server.tensors.get(name):
                 sent[name] = value  # made by the method for this turn, in the form that it chose
             elif not self._has(client, name, name in trained):
-                sent[name] = self._reduced(name, value, round, values) if name in reducible else value
+                sent[name] = self._reduced(name, value, round) if name in reducible else value
         return sent
 
-    def note(self, client: int, sent: dict[str, payload.Sendable]) -> None:
-        """Note that a client has now what was sent. `send` does it; who foretells many rounds must."""
+    def _note(self, client: int, sent: dict[str, payload.Sendable]) -> None:
+        """Note that a client has now what was sent."""
         if self.config.cache != "last_visit":
             return
         seen = self.seen.setdefault(client, {})
@@ -94,17 +97,21 @@ class Link:
             known = source is self.server.tensors.get(name)
             seen[name] = (self.server.version.get(name, 0) if known else NO_VERSION, exact)
 
-    def depth(self, client: int, round: int) -> AbstractContextManager:
-        """Return a context in which the resident model has only the layers of the client's copy."""
-        dropped = self.dropped(client, round)
-        return self._without(dropped) if dropped else nullcontext()
+    @contextmanager
+    def depth(self, client: int, round: int) -> Iterator[tuple[int, ...]]:
+        """Let the resident model have only the layers of the client's copy; yield those that it lacks."""
+        dropped = self._dropped(self._free(self.method.trainable(client, round)), client, round)
+        if not dropped:
+            yield ()
+            return
+        with self._without(dropped):
+            yield tuple(dropped)
 
-    def dropped(self, client: int, round: int) -> list[int]:
-        """Return the numbers of the layers that the client's copy lacks."""
-        return self._dropped(self._free(self.method.trainable(client, round)), client, round)
+    def receive(self, client: int, message: payload.Message | bytes) -> dict[str, Tensor]:
+        """Return the values of the client's copy: pretrained, overlaid by what it kept and was sent.
 
-    def receive(self, client: int, message: bytes) -> dict[str, Tensor]:
-        """Return the values of the client's copy: pretrained, overlaid by what it kept and was sent."""
+        They may share memory with the server's; nobody may write into them.
+        """
         decoded = payload.decode(message, self.expected())
         if self.config.cache == "last_visit":
             # What arrived as the server has it is held once, however many clients keep it.
@@ -130,15 +137,15 @@ class Link:
                 self.copies.setdefault(client, {})[name] = current
                 self.seen.setdefault(client, {})[name] = (self.server.version.get(name, 0), True)
 
-    def books(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside `copies`, as plain values."""
         return {"seen": {str(client): seen for client, seen in self.seen.items()}}
 
-    def restore(self, books: dict[str, Any]) -> None:
-        """Continue from what `books` returned."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
         self.seen = {
             int(client): {name: (version, exact) for name, (version, exact) in seen.items()}
-            for client, seen in books["seen"].items()
+            for client, seen in state["seen"].items()
         }
 
     def _has(self, client: int, name: str, exactly: bool) -> bool:
@@ -160,7 +167,7 @@ class Link:
         operator = self.config.compression
         if not isinstance(operator, LayerDrop):
             return []
-        return operator.dropped(self.anatomy, free, self.federation.seed, round, client)
+        return operator.dropped(self.anatomy, free, self.seed, round, client)
 
     def _absent(self, free: list[blocks.Block], client: int, round: int) -> set[str]:
         """Return the names of parameters that stay behind."""
@@ -168,10 +175,10 @@ class Link:
         left_out = [self.anatomy.blocks[index] for index in self._dropped(free, client, round)]
         if isinstance(operator, Stale):
             updated = [block for block in free if any(map(self.server.version.get, block.parameters))]
-            left_out = operator.left_out(updated, self.federation.seed, round, client)
+            left_out = operator.left_out(updated, self.seed, round, client)
         return {name for block in left_out for name in block.parameters}
 
-    def _reduced(self, name: str, value: Tensor, round: int, values: bool) -> payload.Sendable:
+    def _reduced(self, name: str, value: Tensor, round: int) -> payload.Sendable:
         """Return a parameter of a free block in the form in which it travels."""
         operator = self.config.compression
         if name not in self.linear:
@@ -181,13 +188,13 @@ class Link:
             return payload.Quantized(value, channels=int(transposed))
         if not isinstance(operator, Prune):
             return value
-        if values:
+        if not value.is_meta:
             return payload.Pruned(value, self._mask(name, value, round, operator))
         rows, columns = reversed(value.shape) if transposed else value.shape
         return payload.Pruned(value, None, rows * pruning.kept_per_row(columns, operator.sparsity))
 
     def _mask(self, name: str, value: Tensor, round: int, operator: Prune) -> Tensor:
-        """Return the mask of a matrix, chosen anew when its values changed or other inputs were observed."""
+        """Return the mask of a matrix, chosen again when its values changed or other inputs were observed."""
         inputs, observed = {}, 0
         if operator.criterion != "magnitude":
             inputs, observed = self._observed(round, operator.calibration_examples), round
@@ -199,25 +206,11 @@ class Link:
         return self._masks[name][1]
 
     def _observed(self, round: int, examples: int) -> dict[str, pruning.Inputs]:
-        """Return what the linear layers are given on calibration examples, observed once a round.
-
-        The resident model gets the server's values for it; the turn that follows gives it the client's.
-        """
+        """Return what the linear layers are given on calibration examples, observed once a round."""
         if self._inputs[0] != round:
-            federation = self.federation
-            with torch.no_grad():
-                for name in federation.method.exchanged:
-                    federation.parameters[name].copy_(self.server.tensors[name])
-            stream = numpy_stream(federation.seed, "calibration")
-            chosen = stream.permutation(federation.split.validation)[:examples]
-            self._inputs = round, pruning.observe(federation.model, self._batches(chosen))
+            assert self.observe is not None, f"{self.config.compression} needs calibration examples"
+            self._inputs = round, self.observe(examples)
         return self._inputs[1]
-
-    def _batches(self, examples: numpy.ndarray) -> Iterator[dict[str, Tensor]]:
-        size = self.federation.training.scoring_batch_size
-        for start in range(0, len(examples), size):
-            batch = self.federation.data.batch(examples[start : start + size])
-            yield {name: value.to(self.federation.device) for name, value in batch.items()}
 
     def _one_copy(self, name: str, value: Tensor) -> Tensor:
         """Return the server's own tensor if it is equal, so that many clients may keep it."""
@@ -227,19 +220,16 @@ class Link:
     @contextmanager
     def _without(self, dropped: list[int]) -> Iterator[None]:
         """Take layers out of the resident model: they compute nothing and hold no memory."""
-        model, instruments = self.federation.model, self.federation.instruments
-        parameters = dict(model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         taken = [parameters[name] for index in dropped for name in self.anatomy.blocks[index].parameters]
-        held = [parameter.data.cpu() for parameter in taken]
+        held = [parameter.data if parameter.is_meta else parameter.data.cpu() for parameter in taken]
         device = taken[0].device
         for parameter in taken:
             parameter.data = parameter.data.new_empty(0)
-        instruments.dropped = tuple(dropped)
         try:
-            with blocks.skip(model, dropped):
+            with blocks.skip(self.model, dropped):
                 yield
         finally:
-            instruments.dropped = ()
             for parameter, value in zip(taken, held, strict=True):
                 parameter.data = value.to(device)
 

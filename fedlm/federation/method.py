@@ -46,7 +46,8 @@ class Method:
     """FedAvg; the base of every method.
 
     Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
-    `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task.
+    `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task;
+    `companions` names what travels beside a parameter, as `<parameter>@<companion>`, of its shape.
     """
 
     name = ""
@@ -55,6 +56,7 @@ class Method:
     control = False
     kinds: tuple[str, ...] = ("classification", "regression", "causal", "question_answering")
     Config: type[MethodConfig] = MethodConfig
+    companions: tuple[str, ...] = ()
 
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`

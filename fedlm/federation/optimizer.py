@@ -1,12 +1,15 @@
 """The optimizer of a client's turn, and the schedule of its learning rate."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from fedlm.federation.settings import Training
+
+Correction = Callable[[str, Tensor], Tensor]
+"""Takes a parameter's name and float32 gradient, returns the gradient to use, of the same shape."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -63,8 +66,18 @@ class LocalOptimizer:
                 foreach=False,
             )
 
-    def step(self, factor: float) -> None:
-        """Update the parameters from their gradients, with the learning rate times `factor`."""
+    def make_state(self) -> None:
+        """Let the optimizer make its state, as a first step does; weight decay may change the parameters."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(1.0)
+
+    def step(self, factor: float, correct: Correction | None = None) -> None:
+        """Update the parameters from their gradients, with the learning rate times `factor`.
+
+        `correct` changes each gradient after loss scaling is undone and before clipping. Raises ValueError
+        when it returns another shape.
+        """
         settings = self.settings
         for name, master in self.masters.items():
             parameter = self.parameters[name]
@@ -76,6 +89,8 @@ class LocalOptimizer:
         if settings.loss_scale != 1:
             for gradient in gradients:
                 gradient.div_(settings.loss_scale)
+        if correct is not None:
+            self._correct(correct)
         if settings.largest_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(updated, settings.largest_gradient_norm, foreach=False)
         for group in self.optimizer.param_groups:
@@ -85,6 +100,18 @@ class LocalOptimizer:
         with torch.no_grad():
             for name, master in self.masters.items():
                 self.parameters[name].copy_(master)
+
+    def _correct(self, correct: Correction) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                updated = self.masters.get(name, parameter)
+                if updated.grad is None:
+                    continue
+                corrected = correct(name, updated.grad)
+                if corrected.shape != updated.grad.shape:
+                    found, expected = tuple(corrected.shape), tuple(updated.grad.shape)
+                    raise ValueError(f"the correction of {name} has shape {found}; allowed: {expected}")
+                updated.grad = corrected
 
     def values(self) -> dict[str, Tensor]:
         """Return the trained values, in float32 where a float32 copy is kept."""

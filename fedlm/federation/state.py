@@ -45,3 +45,4 @@ class Segment(NamedTuple):
     label: str  # names the row of the memory table: "all", "block 3"
     trainable: list[str]
     steps: int
+    forward_only: bool = False  # nothing is trained by gradients; see Turn.evaluate

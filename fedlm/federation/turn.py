@@ -1,12 +1,13 @@
-"""A client's turn: batches, optimizer, schedule, steps.
+"""A client's turn: steps of training, and passes that only look.
 
-One code path serves a real turn, the memory probe and the prediction of costs: on fake tensors the same
-steps run without arithmetic.
+The same code serves a real turn, the probe of its memory, and the prediction of costs on tensors without
+values.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -14,18 +15,16 @@ from torch import Tensor
 from torch.nn import Module
 
 from fedlm.base.randomness import numpy_stream
-from fedlm.federation.optimizer import LocalOptimizer, rate_factor
-from fedlm.federation.scoring import losses
+from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
+from fedlm.federation.passes import Batch, Pass, Step, Term, targets
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
 from fedlm.measure.instruments import Instruments
-
-Batch = dict[str, Tensor]
-Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
+from fedlm.measure.memory import MemoryTracker
 
 
-class Diverged(Exception):
-    """A loss or an update that is not finite."""
+class TurnError(Exception):
+    """A turn that cannot be used: a loss or an update that is not finite, a correction of a wrong shape."""
 
 
 def steps_of_turn(
@@ -50,16 +49,17 @@ def steps_of_turn(
 class Turn:
     """One client's turn, as a method sees it.
 
-    Attributes: `client`, `round` (from 1); `examples` the client holds; `steps` is the number of optimizer
-    steps; `model` is the client's working copy; `received` the values it started from; `kept` what the client
-    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps.
+    Attributes: `client`, `round` (from 1); `steps` is the number of optimizer steps; `model` is the client's
+    working copy; `received` the values it started from, which nobody may write into; `kept` what the client
+    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `queries` how many
+    passes only looked (see `evaluate`).
     """
 
     def __init__(
         self,
         model: Module,
         settings: Training,
-        steps: list[Step],
+        plan: list[Step],
         make_batch: Callable[[numpy.ndarray], Batch],
         instruments: Instruments,
         client: int = 0,
@@ -77,7 +77,8 @@ class Turn:
         self.moments = moments
         self.loss = 0.0
         self.flops = 0
-        self._plan = steps
+        self.queries = 0
+        self._plan = plan
         self._make_batch = make_batch
         self._instruments = instruments
         self._done = 0
@@ -100,14 +101,25 @@ class Turn:
             values = {**handed, **values}
         return values
 
-    def keep(self, values: dict[str, Tensor]) -> None:
-        """Let the client keep these values for its next turn."""
-        self.kept.update({name: value.detach().to("cpu", copy=True) for name, value in values.items()})
+    def copies(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return copies of the current values, in float32 on the model's device: the method's own memory."""
+        return {
+            name: self._values.get(name, self._parameters[name]).detach().to(torch.float32, copy=True)
+            for name in names
+        }
 
-    def fit(self, segment: Segment) -> None:
+    def keep(self, values: dict[str, Tensor]) -> None:
+        """Let the client keep copies of these values for its next turn."""
+        self.kept.update({name: snapshot(value) for name, value in values.items()})
+
+    def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         """Train the segment's parameters for its number of steps; freeze all others.
 
-        Raises Diverged when the loss is not finite.
+        `term` takes the trained parameters by name and returns a scalar that is added to the loss, once an
+        optimizer step. `correct` takes a parameter's name and its float32 gradient and returns the gradient
+        to use; it is called once an optimizer step, after loss scaling is undone and before clipping.
+
+        Raises TurnError when the loss is not finite or a correction has another shape than its gradient.
         """
         if not segment.trainable or not segment.steps:
             return
@@ -116,22 +128,86 @@ class Turn:
         total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
         self.model.train()
         for step in plan:
-            total += self._step(step, optimizer, segment)
+            total += self._step(step, optimizer, segment, term, correct)
             self._done += 1
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss}")
+            raise TurnError(f"the loss is {loss}")
         self.loss += loss * len(plan) / self.steps
         self._keep(optimizer)
 
-    def _keep(self, optimizer: LocalOptimizer) -> None:
-        """Keep what was trained, and the optimizer's state where someone goes on from it."""
-        self._values.update(optimizer.values())
-        if self.moments != "reset":
-            moments = optimizer.moments()
-            (self.kept if self.moments == "client" else self._values).update(
-                {name: value.clone() for name, value in moments.items()}
-            )
+    def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
+        """Return the mean loss over the segment's number of steps from step `begin` on; train nothing.
+
+        `values` are written into the model first, and stay there. Each forward pass is a query.
+
+        Raises TurnError when the loss is not finite.
+        """
+        self._write(values)
+        plan = self._plan[begin : begin + segment.steps]
+        total = torch.zeros((), device=next(iter(self._parameters.values())).device)
+        self.model.train()
+        for step in plan:
+            for batch, share in self._weighted(step):
+                total += self._pass(segment, Pass(self.model, batch, self.settings, share, backward=False))
+                self.queries += 1
+        loss = float(total) / max(1, len(plan))
+        if not math.isfinite(loss):
+            raise TurnError(f"the loss is {loss}")
+        return loss
+
+    def observed(self, loss: float) -> None:
+        """Record the turn's training loss, for a method that trains without `fit`."""
+        self.loss = loss
+
+    def probe(self, segments: Sequence[Segment], train: Callable[[Turn], None]) -> None:
+        """Measure the memory of the segments that no earlier turn measured at such a size.
+
+        `train` is the method's own training. It runs once a segment, cut to one step of that segment at the
+        turn's largest batch; the other segments do nothing. Everything that lives on the client meanwhile
+        counts. The message that the client received does not: it is written into the model tensor by tensor
+        as it comes. What the method reads of it, or of what the client kept, counts as the method's.
+
+        The trained parameters are put back, so the turn that follows is the same with or without the probe.
+        """
+        for segment in segments:
+            if not segment.steps or not self._plan or not (segment.trainable or segment.forward_only):
+                continue
+            size = self.size(self.largest_step())
+            if not self._instruments.knows_memory(segment.label, size):
+                self._probe(segment, size, train)
+
+    def _probe(self, segment: Segment, size: int, train: Callable[[Turn], None]) -> None:
+        names = segment.trainable
+        before = {name: self.received.get(name) for name in names}
+        before |= {name: self._parameters[name].detach().clone() for name in names if before[name] is None}
+
+        def act(tracker: MemoryTracker) -> None:
+            train(probing := _ProbingTurn(self, segment, tracker))
+            if not probing.met:
+                raise TurnError(f"segments() lists {segment.label!r}, but train() never fits it")
+
+        self._instruments.measure(segment.label, size, act, self.model)
+        self._write(before)
+        for name in names:
+            self._parameters[name].grad = None
+
+    def largest_step(self) -> Step:
+        """Return the step to probe: the largest forward pass, twice where gradients are accumulated."""
+        largest = max((indices for step in self._plan for indices in step), key=self._tokens)
+        return [largest] * min(2, self.settings.accumulation, max(map(len, self._plan)))
+
+    def size(self, step: Step) -> int:
+        """Return the tokens of a step, padding included."""
+        return sum(map(self._tokens, step))
+
+    def _tokens(self, indices: numpy.ndarray) -> int:
+        return getattr(self._make_batch, "size", len)(indices)
+
+    def _write(self, values: dict[str, Tensor] | None) -> None:
+        with torch.no_grad():
+            for name, value in (values or {}).items():
+                self._parameters[name].copy_(value)
 
     def _optimizer(self, segment: Segment) -> LocalOptimizer:
         trainable = set(segment.trainable)
@@ -144,21 +220,44 @@ class Turn:
             optimizer.set_moments(self.kept if self.moments == "client" else self.received)
         return optimizer
 
-    def _step(self, step: Step, optimizer: LocalOptimizer, segment: Segment | None) -> Tensor:
-        """Make one optimizer step and return its mean loss; without a segment, count no FLOPs."""
-        batches = [self._make_batch(indices) for indices in step]
-        targets = [self._targets(batch) for batch in batches] if len(batches) > 1 else [1]
+    def _keep(self, optimizer: LocalOptimizer) -> None:
+        """Keep what was trained, and the optimizer's state where someone goes on from it."""
+        self._values.update(optimizer.values())
+        if self.moments != "reset":
+            moments = optimizer.moments()
+            (self.kept if self.moments == "client" else self._values).update(
+                {name: value.clone() for name, value in moments.items()}
+            )
+
+    def _step(
+        self,
+        step: Step,
+        optimizer: LocalOptimizer,
+        segment: Segment,
+        term: Term | None,
+        correct: Correction | None,
+    ) -> Tensor:
+        """Make one optimizer step and return its mean loss."""
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
-        for batch, weight in zip(batches, targets, strict=True):
-            share = weight / max(1, sum(targets))
-            work = ForwardBackward(self.model, batch, self.settings, share)
-            if segment is None:
-                loss += work()
-            else:
-                value, flops = self._instruments.count(segment, batch, work)
-                self.flops += flops
-                loss += value
-        optimizer.step(rate_factor(*self._progress(), self.settings))
+        added = None if term is None else lambda: term(optimizer.parameters)
+        for batch, share in self._weighted(step):
+            loss += self._pass(segment, Pass(self.model, batch, self.settings, share, term=added))
+        try:
+            optimizer.step(rate_factor(*self._progress(), self.settings), correct)
+        except ValueError as error:
+            raise TurnError(str(error)) from error
+        return loss
+
+    def _weighted(self, step: Step) -> Iterator[tuple[Batch, float]]:
+        """Yield the batches of a step, each with its share of the step's mean loss."""
+        batches = [self._make_batch(indices) for indices in step]
+        counts = [targets(batch) for batch in batches] if len(batches) > 1 else [1]
+        for batch, count in zip(batches, counts, strict=True):
+            yield batch, count / max(1, sum(counts))
+
+    def _pass(self, segment: Segment, work: Pass) -> Tensor:
+        loss, flops = self._instruments.count(segment.trainable, work.batch, work, work.backward)
+        self.flops += flops
         return loss
 
     def _progress(self) -> tuple[float, float]:
@@ -167,82 +266,59 @@ class Turn:
             return within, one
         return (self.round - 1 + within) / self.rounds, one / self.rounds
 
-    def probe(self, segment: Segment, step: Step | None = None) -> None:
-        """Measure the memory of a training step of the segment at the turn's largest batch.
 
-        The trained parameters are put back, so the turn that follows is the same with or without the probe.
-        """
-        if not segment.trainable or not self._plan:
-            return
-        step = step or self._largest()
-        if self._instruments.knows_memory(segment, self._shape(step)):
-            return
-        parameters = {name: self._parameters[name] for name in segment.trainable}
-        before = {name: value.detach().clone() for name, value in parameters.items()}
-        optimizer = self._optimizer(segment)
-        self.model.train()
-        parts = iter([self._make_state, self._probed_step])
-        self._instruments.measure(
-            segment,
-            self._shape(step),
-            lambda: next(parts)(step, optimizer, segment),
-            self.model,
-            optimizer.state,
+class _ProbingTurn(Turn):
+    """A turn in which one segment makes one step, watched by a memory tracker, and the rest do nothing."""
+
+    def __init__(self, turn: Turn, target: Segment, tracker: MemoryTracker) -> None:
+        super().__init__(
+            turn.model,
+            turn.settings,
+            turn._plan,
+            turn._make_batch,
+            turn._instruments,
+            turn.client,
+            turn.round,
+            turn.rounds,
+            turn.received,
+            dict(turn.kept),
+            turn.moments,
         )
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)
-                parameters[name].grad = None
+        self.target, self.tracker, self.met = target, tracker, False
+        tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
-    def _make_state(self, step: Step, optimizer: LocalOptimizer, segment: Segment) -> None:
-        """Let the optimizer make its state, for which a step of one example does."""
-        self._step([step[0][:1]], optimizer, None)
+    def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
+        if self._is_target(segment):
+            self.met = True
+            self.tracker.mark_live("method")
+            with self.tracker.paused():
+                optimizer = self._optimizer(segment)
+                optimizer.make_state()
+            self.tracker.mark(optimizer.state(), "optimizer")
+            self.model.train()
+            self._step(self.largest_step(), optimizer, segment, term, correct)
+        self._done += segment.steps
 
-    def _probed_step(self, step: Step, optimizer: LocalOptimizer, segment: Segment) -> None:
-        """Do the step whose memory counts."""
-        self._step(step, optimizer, None)
+    def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
+        if self._is_target(segment):
+            self.met = True
+            self.tracker.mark_live("method")
+            self._write(values)
+            self.model.train()
+            for batch, share in self._weighted(self.largest_step()):
+                self._pass(segment, Pass(self.model, batch, self.settings, share, backward=False))
+        return 0.0
 
-    def _largest(self) -> Step:
-        """Return the step to probe: the largest forward pass, twice where gradients are accumulated."""
-        largest = max((indices for step in self._plan for indices in step), key=self._elements)
-        return [largest] * min(2, self.settings.accumulation, max(map(len, self._plan)))
+    def _is_target(self, segment: Segment) -> bool:
+        found = (segment.label, segment.trainable) == (self.target.label, self.target.trainable)
+        return found and not self.met
 
-    def _elements(self, indices: numpy.ndarray) -> int:
-        size = getattr(self._make_batch, "size", len)
-        return size(indices)
-
-    def _shape(self, step: Step) -> int:
-        return sum(map(self._elements, step))
-
-    @staticmethod
-    def _targets(batch: Batch) -> int:
-        """Return how many values the batch's mean loss is a mean of."""
-        labels = batch.get("labels")
-        if labels is None:
-            return len(next(iter(batch.values())))
-        if labels.is_floating_point() or labels.dim() == 1:
-            return len(labels)
-        return max(1, int((labels[:, 1:] != -100).sum()))
+    def _pass(self, segment: Segment, work: Pass) -> Tensor:
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            return work()  # the counter would keep the insides of layers that are computed again
+        return self._instruments.look(segment.trainable, work.batch, work, work.backward)
 
 
-class ForwardBackward:
-    """The forward and backward pass of one batch; called, it returns the loss times its share."""
-
-    def __init__(self, model: Module, batch: Batch, settings: Training, share: float) -> None:
-        self.model, self.batch, self.settings, self.share = model, batch, settings, share
-
-    def __call__(self) -> Tensor:
-        autocast = self.settings.autocast
-        device = next(iter(self.batch.values())).device.type
-        precision = torch.autocast(device, getattr(torch, autocast)) if autocast else nullcontext()
-        with precision:
-            loss = self._loss() * self.share
-        (loss * self.settings.loss_scale).backward()
-        return loss.detach().float()
-
-    def _loss(self) -> Tensor:
-        if "start_positions" not in self.batch:
-            return self.model(**self.batch).loss
-        # Transformers' own loss would not know that soft prompts shift the positions of the answer.
-        inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
-        return losses("question_answering", self.model(**inputs), self.batch).mean()
+def snapshot(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor on the CPU, in its own format; of one without values, another without."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

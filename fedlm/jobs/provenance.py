@@ -24,7 +24,9 @@ def code_hash(method: str, task: str) -> str:
 @cache
 def data_code_hash(task: str) -> str:
     """Return the SHA-256 of the source that a prepared task depends on."""
-    paths = [path for package in ("base", "models", "data") for path in (ROOT / "fedlm" / package).glob("*.py")]
+    paths = [
+        path for package in ("base", "models", "data") for path in (ROOT / "fedlm" / package).glob("*.py")
+    ]
     return _hash_of([*paths, _task_file(task)])
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedlm.base.files import sha256, write_atomically
+from fedlm.base.files import write_atomically
 from fedlm.exchange import payload
 from fedlm.federation.loop import Federation
 from fedlm.jobs import provenance
@@ -22,9 +22,7 @@ def build(
     data, ledger, rounds = federation.data, federation.ledger, federation.rounds
     peak = federation.instruments.peak()
     commit, dirty = provenance.commit()
-    final = sha256(
-        payload.encode({name: federation.server.tensors[name] for name in federation.method.exchanged})
-    )
+    final = payload.encode({name: federation.server.tensors[name] for name in federation.method.exchanged})
     return {
         "record": VERSION,
         "status": "finished",
@@ -64,7 +62,7 @@ def build(
             "versions": provenance.versions(),
             "machine": provenance.machine(),
             **hashes,
-            "payload_sha256": final,
+            "payload_sha256": final.sha256(),
         },
         "extra": {},
     }

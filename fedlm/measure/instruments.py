@@ -1,25 +1,23 @@
-"""The instruments of a run: FLOPs of every step, memory of a probe step, bytes of every payload."""
+"""The instruments of a run: FLOPs of every pass, memory of a probe step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 
 from fedlm.measure.flops import flop_counter
-from fedlm.measure.memory import Memory, measure_step
-
-if TYPE_CHECKING:
-    from fedlm.federation.method import Segment
+from fedlm.measure.memory import Memory, MemoryTracker, measure
 
 
 class Instruments:
     """Counts FLOPs and measures memory, each shape of work once.
 
-    FLOPs depend on which parameters are trained, on the batch's shape, on the layers that the client's copy
-    lacks (`dropped`), and on nothing else, so PyTorch's counter runs the first time a shape is met, over the
-    step itself, and its figure is used again later.
+    FLOPs depend on which parameters are trained, on the batch's shape, on whether a backward pass follows,
+    on the layers that the client's copy lacks (`dropped`), and on nothing else, so PyTorch's counter runs the
+    first time a shape is met, over the pass itself, and its figure is used again later.
     """
 
     def __init__(self) -> None:
@@ -28,9 +26,15 @@ class Instruments:
         self.largest: dict[str, int] = {}
         self._flops: dict[tuple, int] = {}
 
-    def count(self, segment: "Segment", batch: dict[str, Tensor], work: Callable[[], Tensor]):
-        """Run `work` and return its result and the FLOPs of its forward and backward pass."""
-        key = self._shape(segment, batch)
+    def count(
+        self,
+        trained: Sequence[str],
+        batch: dict[str, Tensor],
+        work: Callable[[], Tensor],
+        backward: bool = True,
+    ) -> tuple[Tensor, int]:
+        """Run `work` and return its result and the FLOPs of its pass."""
+        key = self._shape(trained, batch, backward)
         if key in self._flops:
             return work(), self._flops[key]
         with flop_counter() as counter:
@@ -38,48 +42,61 @@ class Instruments:
         self._flops[key] = counter.get_total_flops()
         return result, self._flops[key]
 
-    def flops_of(self, segment: "Segment", batch: dict[str, Tensor], work: Callable[[], Tensor]) -> int:
-        """Return the FLOPs of `work`, which is only run if no work of its shape was."""
-        key = self._shape(segment, batch)
-        return self._flops[key] if key in self._flops else self.count(segment, batch, work)[1]
-
-    def _shape(self, segment: "Segment", batch: dict[str, Tensor]) -> tuple:
-        shapes = ((name, value.shape) for name, value in batch.items())
-        return (hash(tuple(segment.trainable)), self.dropped, *shapes)
-
-    def knows_memory(self, segment: "Segment", size: int) -> bool:
-        """Return whether a step of the segment at least as large was measured already."""
-        return self.largest.get(self._work(segment), 0) >= size
-
-    def measure(
+    def look(
         self,
-        segment: "Segment",
-        size: int,
-        step: Callable[[], object],
-        model: Module,
-        state: Callable[[], Iterable[Tensor]],
-    ) -> None:
-        """Measure the peak of live tensors during `step` and note it under the segment's label."""
-        self.largest[self._work(segment)] = size
-        found = measure_step(step, model, state)
-        known = self.memory.get(segment.label)
-        if known is None or found.peak > known.peak:
-            self.memory[segment.label] = found
+        trained: Sequence[str],
+        batch: dict[str, Tensor],
+        work: Callable[[], Tensor],
+        backward: bool = True,
+    ) -> Tensor:
+        """Run `work` under a memory tracker: nothing is counted, except where counting is free.
 
-    def books(self) -> dict[str, dict]:
+        On fake tensors, where a pass is slow and arithmetic is not, FLOPs are counted on the way.
+        """
+        fake = isinstance(next(iter(batch.values())), FakeTensor)
+        return self.count(trained, batch, work, backward)[0] if fake else work()
+
+    def flops_of(
+        self,
+        trained: Sequence[str],
+        batch: dict[str, Tensor],
+        work: Callable[[], Tensor],
+        backward: bool = True,
+    ) -> int:
+        """Return the FLOPs of `work`, which is only run if no work of its shape was."""
+        key = self._shape(trained, batch, backward)
+        return self._flops[key] if key in self._flops else self.count(trained, batch, work, backward)[1]
+
+    def _shape(self, trained: Sequence[str], batch: dict[str, Tensor], backward: bool) -> tuple:
+        shapes = ((name, value.shape) for name, value in batch.items())
+        return (hash(tuple(trained)), backward, self.dropped, *shapes)
+
+    def knows_memory(self, label: str, size: int) -> bool:
+        """Return whether a step of this label, at least as large, was measured already."""
+        return self.largest.get(self._work(label), 0) >= size
+
+    def measure(self, label: str, size: int, act: Callable[[MemoryTracker], object], model: Module) -> None:
+        """Measure the peak of live tensors during `act` and note it under the label."""
+        self.largest[self._work(label)] = size
+        found = measure(act, model)
+        known = self.memory.get(label)
+        if known is None or found.peak > known.peak:
+            self.memory[label] = found
+
+    def state(self) -> dict[str, Any]:
         """Return the memory found so far as plain values, for a checkpoint."""
         memory = {label: asdict(memory) for label, memory in self.memory.items()}
         return {"largest": self.largest, "memory": memory}
 
-    def restore(self, books: dict[str, dict]) -> None:
-        """Continue from what `books` returned."""
-        self.largest = dict(books["largest"])
-        self.memory = {label: Memory(**memory) for label, memory in books["memory"].items()}
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.largest = dict(state["largest"])
+        self.memory = {label: Memory(**memory) for label, memory in state["memory"].items()}
 
-    def _work(self, segment: "Segment") -> str:
+    def _work(self, label: str) -> str:
         """Return what names the work of a segment: its label and the layers that are not there."""
         without = ", ".join(map(str, self.dropped))
-        return f"{segment.label} without {without}" if without else segment.label
+        return f"{label} without {without}" if without else label
 
     def peak(self) -> Memory | None:
         """Return the memory of the turn with the highest peak; None before any turn."""

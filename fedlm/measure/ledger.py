@@ -1,6 +1,7 @@
 """Every payload's size in bytes."""
 
 from collections import defaultdict
+from typing import Any
 
 
 class Ledger:
@@ -12,19 +13,21 @@ class Ledger:
     def __init__(self, broadcast: int) -> None:
         self.broadcast_size = broadcast
         self.clients: set[int] = set()
-        self.download = 0
-        self.upload = 0
+        self.download = self.downloads = 0  # bytes and number of payloads
+        self.upload = self.uploads = 0
         self.round: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # client: bytes down, bytes up
 
     def downloaded(self, client: int, size: int) -> None:
         """Note a payload from the server to a client."""
         self.clients.add(client)
         self.download += size
+        self.downloads += 1
         self.round[client][0] += size
 
     def uploaded(self, client: int, size: int) -> None:
         """Note a payload from a client to the server."""
         self.upload += size
+        self.uploads += 1
         self.round[client][1] += size
 
     def close_round(self) -> list[list[int]]:
@@ -37,3 +40,12 @@ class Ledger:
     def broadcast(self) -> int:
         """Bytes of all first broadcasts so far."""
         return self.broadcast_size * len(self.clients)
+
+    def state(self) -> list[Any]:
+        """Return what the next round depends on as plain values, for a checkpoint."""
+        return [self.download, self.downloads, self.upload, self.uploads, sorted(self.clients)]
+
+    def restore(self, state: list[Any]) -> None:
+        """Continue from what `state` returned."""
+        self.download, self.downloads, self.upload, self.uploads, clients = state
+        self.clients = set(clients)

@@ -22,10 +22,10 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-MemoryKind = Literal["parameter", "gradient", "optimizer", "activation"]
-KINDS: tuple[MemoryKind, ...] = ("parameter", "gradient", "optimizer", "activation")
+MemoryKind = Literal["parameter", "gradient", "optimizer", "method", "activation"]
+KINDS: tuple[MemoryKind, ...] = ("parameter", "gradient", "optimizer", "method", "activation")
 
-_RANK: dict[MemoryKind, int] = {"activation": 0, "gradient": 1, "optimizer": 2, "parameter": 3}
+_RANK: dict[MemoryKind, int] = {"activation": 0, "method": 1, "gradient": 2, "optimizer": 3, "parameter": 4}
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Memory:
     """Bytes of live tensors at the moment when they were most, and what they were.
 
     `parameter` holds parameters and buffers, trained or not; `gradient` the gradients of parameters;
-    `optimizer` the optimizer's state and the float32 copies of half-precision weights; `activation` the rest:
-    activations, temporaries and the batch. The four add up to `peak`.
+    `optimizer` the optimizer's state and the float32 copies of half-precision weights; `method` what the
+    method itself holds while it trains (an anchor, a control variate); `activation` the rest: activations,
+    temporaries and the batch. The five add up to `peak`.
     """
 
     peak: int
@@ -42,6 +43,7 @@ class Memory:
     gradient: int
     optimizer: int
     activation: int
+    method: int = 0
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -67,16 +69,43 @@ class MemoryTracker(TorchDispatchMode):
         self._kinds: list[MemoryKind] = []
         self._finalizers: dict[int, weakref.finalize] = {}
         self._hooks: list = []
+        self._expected: dict[int, MemoryKind] = {}
+        self._held: list[torch.Tensor] = []
+        self._paused = False
 
     def mark(self, tensors: Iterable[torch.Tensor], kind: MemoryKind) -> None:
         """Say what live tensors are, unless they are known to be something of a higher rank.
 
-        From low to high: activation, gradient, optimizer, parameter.
+        From low to high: activation, method, gradient, optimizer, parameter.
         """
+        if self._paused:
+            return
         for tensor in tensors:
             number = self._follow(tensor)
             if number is not None and _RANK[kind] > _RANK[self._kinds[number]]:
                 self._kinds[number] = kind
+
+    def mark_live(self, kind: MemoryKind) -> None:
+        """Say what all live tensors are that are not known to be something of a higher rank."""
+        for number in self._live.values():
+            if _RANK[kind] > _RANK[self._kinds[number]]:
+                self._kinds[number] = kind
+
+    def expect(self, tensors: Iterable[torch.Tensor], kind: MemoryKind) -> None:
+        """Say what older tensors are; they count from their first use on, and not at all if never used."""
+        for tensor in tensors:
+            if tensor.layout is torch.strided:
+                self._held.append(tensor)
+                self._expected[tensor.untyped_storage()._cdata] = kind
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Follow nothing; what is made meanwhile counts from its first use afterwards."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def memory(self) -> Memory:
         """Return the peak of what happened so far, and its split at that moment."""
@@ -108,10 +137,13 @@ class MemoryTracker(TorchDispatchMode):
         for finalizer in self._finalizers.values():
             finalizer.detach()
         self._finalizers.clear()
+        self._held.clear()
         return result
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._paused:
+            return function(*args, **kwargs)
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor)
@@ -131,7 +163,7 @@ class MemoryTracker(TorchDispatchMode):
         if number is None:
             number = len(self._kinds)
             size = storage.nbytes()
-            self._kinds.append("activation")
+            self._kinds.append(self._expected.get(key, "activation"))
             self._live[key] = number
             self._timeline.append((number, size))
             finalizer = weakref.finalize(storage, self._release, key, size)
@@ -181,10 +213,27 @@ def older_objects_set_aside() -> Iterator[None]:
         gc.unfreeze()
 
 
+def measure(act: Callable[[MemoryTracker], object], model: nn.Module) -> Memory:
+    """Return the peak memory while `act` runs; it is given the tracker that watches it."""
+    collecting = gc.isenabled()
+    with older_objects_set_aside():
+        # Cycles of garbage would be collected at moments that depend on what ran before.
+        gc.collect()
+        gc.disable()
+        try:
+            with MemoryTracker(model) as tracker:
+                act(tracker)
+                gc.collect()
+        finally:
+            if collecting:
+                gc.enable()
+    return tracker.memory()
+
+
 def measure_step(
     step: Callable[[], object],
     model: nn.Module,
-    optimizer_state: Callable[[], Iterable[torch.Tensor]] | None = None,
+    optimizer_state: Callable[[], Iterable[torch.Tensor]] = tuple,
 ) -> Memory:
     """Return the peak memory of a training step, which is run twice.
 
@@ -193,21 +242,12 @@ def measure_step(
     changes the model, so a real model is put back afterwards by the caller. The state of torch.optim's
     optimizers is recognised; `optimizer_state` gives the tensors of any other.
     """
-    collecting = gc.isenabled()
-    with older_objects_set_aside():
-        # Cycles of garbage would be collected at moments that depend on what ran before.
-        gc.collect()
-        gc.disable()
-        try:
-            with MemoryTracker(model) as tracker:
-                for _ in range(2):
-                    if optimizer_state is not None:
-                        tracker.mark(optimizer_state(), "optimizer")
-                    step()
-                    if optimizer_state is not None:
-                        tracker.mark(optimizer_state(), "optimizer")
-                    gc.collect()
-        finally:
-            if collecting:
-                gc.enable()
-    return tracker.memory()
+
+    def twice(tracker: MemoryTracker) -> None:
+        for _ in range(2):
+            tracker.mark(optimizer_state(), "optimizer")
+            step()
+            tracker.mark(optimizer_state(), "optimizer")
+            gc.collect()
+
+    return measure(twice, model)

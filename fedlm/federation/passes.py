@@ -1,0 +1,73 @@
+"""Forward and backward passes of one batch: what is done with a batch, whether training or only looking."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Module
+
+from fedlm.federation.scoring import losses
+from fedlm.federation.settings import Training
+
+Batch = dict[str, Tensor]
+Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
+Term = Callable[[dict[str, Tensor]], Tensor]
+"""A term of the loss: takes the trained parameters by name, returns a scalar with its gradient."""
+
+
+class Pass:
+    """A pass over one batch; called, it returns the loss times its share, detached, in float32.
+
+    With `backward` the gradients are added to those that are there. `term` is added to the batch's loss
+    before it is weighted, so that over the passes of one optimizer step it counts once.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        batch: Batch,
+        settings: Training,
+        share: float = 1.0,
+        backward: bool = True,
+        term: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.model, self.batch, self.settings, self.share = model, batch, settings, share
+        self.backward, self.term = backward, term
+
+    def __call__(self) -> Tensor:
+        with nullcontext() if self.backward else torch.no_grad():
+            with self._precision():
+                loss = self._loss()
+            if self.term is not None:
+                loss = loss + self.term()
+            loss = loss * self.share
+            if self.backward:
+                (loss * self.settings.loss_scale).backward()
+        return loss.detach().float()
+
+    def _precision(self) -> AbstractContextManager:
+        autocast = self.settings.autocast
+        device = next(iter(self.batch.values())).device.type
+        return torch.autocast(device, getattr(torch, autocast)) if autocast else nullcontext()
+
+    def _loss(self) -> Tensor:
+        if "start_positions" not in self.batch:
+            return self.model(**self.batch).loss
+        # Transformers' own loss would not know that soft prompts shift the positions of the answer.
+        inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
+        return losses("question_answering", self.model(**inputs), self.batch).mean()
+
+
+def targets(batch: Batch) -> int:
+    """Return how many values the batch's mean loss is a mean of; 1 where labels have no values."""
+    labels = batch.get("labels")
+    if labels is None:
+        return len(next(iter(batch.values())))
+    if labels.is_floating_point() or labels.dim() == 1:
+        return len(labels)
+    if labels.is_meta or isinstance(labels, FakeTensor):
+        return 1
+    return max(1, int((labels[:, 1:] != -100).sum()))

@@ -1,0 +1,200 @@
+"""One round: cohorts of clients, a turn each, and what the server makes of their uploads.
+
+The server, all clients and the network are simulated in one process with one resident model. Nothing but
+payloads passes between server and clients: before a client trains, the model is rebuilt from the pretrained
+weights, from what this client itself kept, and from what it decoded out of the message it was sent.
+
+A real run and the prediction of its costs go through the same lines. In a prediction the model's tensors have
+no values (meta): copying and decoding them does nothing, and the turn records its work instead of doing it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import Tensor
+
+from fedlm.base.errors import FailedRun
+from fedlm.base.randomness import derive, isolated, numpy_stream
+from fedlm.exchange import payload
+from fedlm.exchange.payload import PayloadError
+from fedlm.exchange.pruning import Inputs
+from fedlm.federation.link import Link
+from fedlm.federation.method import Method
+from fedlm.federation.passes import Batch
+from fedlm.federation.settings import Federation as FederationSettings
+from fedlm.federation.settings import Training
+from fedlm.federation.state import Server, Upload
+from fedlm.federation.turn import Turn, TurnError, steps_of_turn
+from fedlm.measure.instruments import Instruments
+from fedlm.measure.ledger import Ledger
+
+CLOCK = ("download", "probe", "train", "upload", "merge", "score")
+
+
+class Rounds:
+    """The rounds of a run: `play(round)` takes the server from one state to the next.
+
+    `model` is as the method prepared it; `parts` holds each client's examples, `make_batch` makes a batch of
+    them; `broadcast` is the size of the pretrained model in bytes. `observe` returns what the linear layers
+    are given on so many calibration examples, for compressions that ask for it.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: torch.nn.Module,
+        parts: list[numpy.ndarray],
+        make_batch: Callable[[numpy.ndarray], Batch],
+        federation: FederationSettings,
+        training: Training,
+        seed: int,
+        broadcast: int,
+        observe: Callable[[int], dict[str, Inputs]] | None = None,
+    ) -> None:
+        self.method, self.model, self.seed = method, model, seed
+        self.parts, self.make_batch = parts, make_batch
+        self.settings, self.training = federation, training
+        self.parameters = dict(model.named_parameters())
+        self.device = next(iter(self.parameters.values())).device
+        initial = {name: _first_value(self.parameters[name]) for name in method.exchanged}
+        self.server = Server(dict(initial), initial)
+        self.link = Link(method, self.server, model, seed, observe)
+        self.ledger = Ledger(broadcast)
+        self.instruments = Instruments()
+        self.losses: list[tuple[float, int]] = []
+        self.dropped: list[int] = []
+        self.clock = dict.fromkeys(CLOCK, 0.0)
+        self.flops = 0
+        self.queries = 0
+        self.cuda_peak = 0
+
+    def play(self, round: int) -> list[int]:
+        """Let the round's clients have their turns and the server merge them; return the clients."""
+        self.clock = dict.fromkeys(CLOCK, 0.0)
+        self.losses, self.dropped = [], []
+        clients = self.sample(round)
+        for cohort in self.method.cohorts(clients, round):
+            self._merge(cohort, round)
+        return clients
+
+    def sample(self, round: int) -> list[int]:
+        """Return the clients that take part in a round, in ascending order."""
+        count = max(1, math.floor(self.settings.participation * len(self.parts) + 0.5))
+        stream = numpy_stream(self.seed, "sampling", round)
+        return sorted(stream.choice(len(self.parts), count, replace=False).tolist())
+
+    def answers(self, client: int, round: int) -> bool:
+        """Return whether a sampled client will send its upload."""
+        return numpy_stream(self.seed, "dropout", round, client).random() >= self.settings.dropout_rate
+
+    def _merge(self, cohort: list[int], round: int) -> None:
+        """Let the method merge a cohort; what the turns inside took is not the merge's time."""
+        started, turns = time.perf_counter(), sum(self.clock.values())
+        self.method.merge(self.server, self._uploads(cohort, round), round)
+        self.link.merged(cohort)
+        self.clock["merge"] += time.perf_counter() - started - (sum(self.clock.values()) - turns)
+
+    def _uploads(self, cohort: list[int], round: int) -> Iterator[Upload]:
+        """Yield the uploads of a cohort, running each client's turn when its upload is asked for."""
+        for client in cohort:
+            try:
+                upload = self._turn(client, round)
+            except (TurnError, PayloadError) as error:
+                name = self.method.name
+                raise FailedRun(f"method {name}, round {round}, client {client}: {error}") from error
+            if upload:
+                yield upload
+
+    def _turn(self, client: int, round: int) -> Upload | None:
+        """Let one client download, train and upload."""
+        with self._timed("download"):
+            message = self.link.send(client, round)
+            self.ledger.downloaded(client, len(message))
+            received = self.link.receive(client, message)
+            self.load(received)
+        if not self.answers(client, round):
+            self.dropped.append(client)
+            return None
+        turn = self._make_turn(client, round, received)
+        with self.link.depth(client, round) as self.instruments.dropped:
+            with self._timed("probe"), self._isolated("probe", client, round):
+                turn.probe(self.method.segments(client, round, turn.steps), self.method.train)
+            self._reset_cuda_peak()
+            with self._timed("train"), self._isolated("dropout in layers", client, round):
+                self.method.train(turn)
+        self._read_cuda_peak()
+        self.flops += turn.flops
+        self.queries += turn.queries
+        self.losses.append((turn.loss, len(self.parts[client])))
+        with self._timed("upload"):
+            message = payload.encode(self.method.upload(turn), self.method.config.payload)
+            self.ledger.uploaded(client, len(message))
+            tensors = payload.decode(message, self.link.expected(), own=True)
+            _require_finite(tensors)
+        self.link.uploaded(client, tensors)
+        if not turn.kept:
+            del self.server.kept[client]
+        return Upload(client, len(self.parts[client]), tensors)
+
+    def _make_turn(self, client: int, round: int, received: dict[str, Tensor]) -> Turn:
+        return Turn(
+            self.model,
+            self.training,
+            steps_of_turn(self.parts[client], self.training, self.seed, round, client),
+            self.make_batch,
+            self.instruments,
+            client=client,
+            round=round,
+            rounds=self.settings.rounds,
+            received=received,
+            kept=self.server.kept.setdefault(client, {}),
+            moments=self.method.config.moments,
+        )
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Write values into the resident model; what travels beside them (name@kind) is left out."""
+        with torch.no_grad():
+            for name, value in values.items():
+                if "@" not in name:
+                    self.parameters[name].copy_(value)
+
+    def _isolated(self, purpose: str, client: int, round: int):
+        return isolated(derive(self.seed, purpose, round, client))
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.clock[kind] += time.perf_counter() - started
+
+    def _reset_cuda_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _read_cuda_peak(self) -> None:
+        if self.device.type == "cuda":
+            self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
+
+
+def _require_finite(tensors: dict[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_meta or not value.numel() or not value.is_floating_point():
+            continue
+        # One pass without a temporary; not a number and infinity survive a maximum.
+        if not math.isfinite(torch.linalg.vector_norm(value, math.inf)):
+            raise TurnError(f"the update of {name} is not finite")
+
+
+def _first_value(parameter: Tensor) -> Tensor:
+    """Return a parameter's value as the server holds it: a float32 copy on the CPU."""
+    if parameter.is_meta:
+        return torch.empty(parameter.shape, dtype=torch.float32, device="meta")
+    return parameter.detach().to("cpu", torch.float32, copy=True)
