@@ -57,10 +57,7 @@ rule tables:
         study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
         depends_on=sources(
-            "fedlm/results/tables.py",
-            "fedlm/results/records.py",
-            "fedlm/results/statistics.py",
-            "fedlm/results/typeset.py",
+            "fedlm/results/*.py",
             "methods/*.py",
             "config/reference.yaml",
         ),
@@ -92,10 +89,8 @@ rule figures:
         study=STUDY_FILE,
         titles={label: entry.title for label, entry in study.methods.items()},
         depends_on=sources(
-            "fedlm/results/figures.py",
+            "fedlm/results/*.py",
             "fedlm/data/partition.py",
-            "fedlm/results/records.py",
-            "fedlm/results/typeset.py",
             "methods/*.py",
         ),
     message:
