@@ -55,7 +55,7 @@ rule tables:
         "../../environment.yml"
     params:
         study=STUDY_FILE,
-        titles={label: entry.title for label, entry in study.methods.items()},
+        titles=study.titles(),
         depends_on=sources(
             "fedlm/results/*.py",
             "methods/*.py",
@@ -87,7 +87,7 @@ rule figures:
         "../../environment.yml"
     params:
         study=STUDY_FILE,
-        titles={label: entry.title for label, entry in study.methods.items()},
+        titles=study.titles(),
         depends_on=sources(
             "fedlm/results/*.py",
             "fedlm/data/partition.py",
