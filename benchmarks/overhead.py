@@ -22,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedlm.data.partition import divide, parse
+from fedlm.data.division import divide
+from fedlm.data.schemes import parse
 from fedlm.data.tokenising import prepare
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Federation

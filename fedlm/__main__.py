@@ -113,17 +113,11 @@ def run_many(
     A run that fails does not stop the others; the exit status is then 1.
     """
     from fedlm.jobs import running
-    from fedlm.study.study import Run
 
     study = _study(config)
     folders = _folders(study, results)
-    known = {one.path: one for one in study.runs()}
-    for label in runs:
-        if label not in known:
-            raise UserError(f"run: {label!r} is not in the study; allowed: task/partition/method/seed<k>")
     failed = 0
-    for label in runs:
-        chosen: Run = known[label]
+    for chosen in study.named(runs):
         failed |= _guarded(
             lambda chosen=chosen: running.execute(study, chosen, folders.record(chosen), folders)
         )
@@ -171,13 +165,13 @@ def tables(
 ) -> None:
     """Write the tables of a study from its compiled records."""
     from fedlm.results import tables as table_module
+    from fedlm.results.cost_tables import terminal
 
     study = _study(config)
     root = _folders(study, results).root
-    expected = [tuple(one) for one in study.runs()]
-    titles = {label: entry.title for label, entry in study.methods.items()}
+    expected, titles = list(study.runs()), study.titles()
     if show:
-        print(table_module.terminal(root / "runs.parquet", expected, titles))
+        print(terminal(root / "runs.parquet", expected, titles))
         return
     table_module.make(root / "runs.parquet", root / "rounds.parquet", expected, titles, root / "tables")
 
@@ -193,15 +187,13 @@ def figures(
 
     study = _study(config)
     folders = _folders(study, results)
-    titles = {label: entry.title for label, entry in study.methods.items()}
-    partitions = sorted((folders.root / "partitions").rglob("seed*.json"))
     figure_module.make(
         folders.root / "runs.parquet",
         folders.root / "rounds.parquet",
-        partitions,
-        titles,
+        (folders.root / "partitions").rglob("seed*.json"),
+        study.titles(),
         destination / study.study,
-        [tuple(one) for one in study.runs()],
+        list(study.runs()),
     )
 
 
@@ -243,71 +235,51 @@ def costs(
     Without --config, --model and --method: the table of the four core methods on all labelled models, also
     written to results/costs and figures/costs. With them, it is written where --output and --figures say.
     """
-    from pydantic import ValidationError
-
-    from fedlm.costs.prediction import Costs, report
-    from fedlm.federation.settings import Federation, Training
-    from fedlm.models.catalogue import CATALOGUE
-    from fedlm.models.config import ModelConfig
-    from fedlm.results import tables as table_module
+    from fedlm.costs import cases, figures, tables
+    from fedlm.study.check import check as check_study
 
     if predictions is not None and config is None:
         raise UserError("--predictions: needs --config, the study whose jobs ask")
     if config is not None and (model or method):
         raise UserError("--config: allowed without --model and --method, which the study names")
     if config is not None:
-        from fedlm.study.check import check as check_study
-
         study = _study(config)
         check_study(study)
-        cases = report.of_study(study, steps, for_requests=predictions is not None)
+        asked = cases.of_study(study, steps, for_requests=predictions is not None)
     else:
-        try:
-            shared = {
-                "kind": kind,
-                "batch_size": batch_size,
-                "length": length,
-                "steps": steps,
-                "federation": Federation(clients=clients, rounds=rounds),
-                "training": Training(accumulation=accumulation, optimizer=optimizer).model_dump(
-                    exclude_unset=True
-                ),
-                "loading": {"weights": weights, "gradient_checkpointing": gradient_checkpointing},
-                "payload": payload,
-            }
-            ModelConfig(source="x", **shared["loading"])
-            cases = [
-                report.stated(one, name, **shared)
-                for one in model or CATALOGUE
-                for name in method or report.CORE
-            ]
-        except ValidationError as error:
-            fault = error.errors()[0]
-            option = str(fault["loc"][-1]).replace("_", "-")
-            raise UserError(f"--{option}: {fault['input']!r}; {fault['msg']}") from None
-    found = report.cost_all(cases, positions or None, say=lambda line: print(line, file=sys.stderr))
+        asked = cases.of_models(
+            model,
+            method,
+            kind=kind,
+            batch_size=batch_size,
+            length=length,
+            steps=steps,
+            accumulation=accumulation,
+            optimizer=optimizer,
+            weights=weights,
+            payload=payload,
+            gradient_checkpointing=gradient_checkpointing,
+            clients=clients,
+            rounds=rounds,
+        )
+    found = cases.cost_all(asked, positions or None, say=lambda line: print(line, file=sys.stderr))
+    failures = cases.failures(asked, found)
+    for line in failures:
+        print(f"error: {line}", file=sys.stderr)
     if predictions is not None:
-        report.write_requests(predictions, cases, found)
-    good = []
-    for case, one in zip(cases, found, strict=True):
-        if isinstance(one, Costs):
-            good.append((case, one))
-        else:
-            print(f"error: {case.title} on {case.model}: {one}", file=sys.stderr)
-    failed = len(good) < len(found)
-    if good and predictions is None:
-        whole = config is None and not model and not method
-        cases, found = zip(*good, strict=True)
-        rows, blocks = report.frame(cases, found), report.block_frame(cases, found)
-        print(report.terminal(rows))
-        tables, drawn = (output or Path("results/costs"), drawings or Path("figures/costs"))
-        if whole or output:
-            table_module.write(report.tables(rows, blocks), tables)
-            print(f"\ntables   {tables}")
-        if whole or drawings:
-            report.figures(rows, blocks, drawn)
-            print(f"figures  {drawn}")
-    raise typer.Exit(2 if failed else 0)
+        cases.write_requests(predictions, asked, found)
+    elif len(failures) < len(found):
+        if config is None and not model and not method:
+            output, drawings = output or Path("results/costs"), drawings or Path("figures/costs")
+        rows, blocks = tables.frames(asked, found)
+        print(tables.terminal(rows))
+        if output:
+            tables.make(rows, blocks, output)
+            print(f"\ntables   {output}")
+        if drawings:
+            figures.make(rows, blocks, drawings)
+            print(f"figures  {drawings}")
+    raise typer.Exit(2 if failures else 0)
 
 
 @app.command()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy
 
-from fedlm.data.partition import PartitionFile, parse
+from fedlm.data.partition import PartitionFile
+from fedlm.data.schemes import parse
 
 MIB = 1 << 20
 # method name: final score when IID, loss of score per bit of label divergence, speed of learning, MB sent up

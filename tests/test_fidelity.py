@@ -18,7 +18,7 @@ import worlds
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-from fedlm.data.partition import parse
+from fedlm.data.schemes import parse
 from fedlm.exchange import payload
 from fedlm.federation.scoring import score
 from fedlm.federation.settings import Federation, Training

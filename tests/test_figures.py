@@ -12,13 +12,16 @@ from PIL import Image
 from synthetic import TITLES, synthetic_partition, write_study
 
 from fedlm.base.errors import UserError
-from fedlm.results import drawing, figures, records
+from fedlm.results import drawing, figures, partition_figures, records
+from fedlm.results.curves import over_bytes, over_rounds
+from fedlm.results.final_scores import over_heterogeneity, trade_off
+from fedlm.results.memory_figures import memory, memory_by_block
+from fedlm.results.scene import Scene
 
 # Another process, whose reader has other settings and hashes.
 AGAIN = """
 import json, sys
 import matplotlib
-from fedlm.results import drawing
 from fedlm.results import figures
 matplotlib.rcParams.update({"font.size": 20, "axes.grid": False, "figure.dpi": 50, "pdf.compression": 0})
 before = dict(matplotlib.rcParams)
@@ -30,8 +33,8 @@ assert dict(matplotlib.rcParams) == before
 
 def study(folder, skip=lambda path: False, **changes):
     """Write and collect a study; return the arguments of `figures.make`, without the destination."""
-    records, partitions, expected = write_study(folder, **changes)
-    kept = [path for path in records if not skip(str(path.relative_to(folder)))]
+    written, partitions, expected = write_study(folder, **changes)
+    kept = [path for path in written if not skip(str(path.relative_to(folder)))]
     records.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
     return [folder / "runs.parquet", folder / "rounds.parquet", partitions], expected
 
@@ -91,7 +94,7 @@ def test_another_process_with_other_settings_draws_the_same_bytes(drawn):
         [sys.executable, "-c", AGAIN, json.dumps(given)],
         check=True,
         env=environment,
-        cwd=Path(figures.__file__).parent.parent,
+        cwd=Path(__file__).parents[1],
     )
     for path in paths:
         assert (folder / "again" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -139,15 +142,15 @@ def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypa
         seeds=(1, 2),
         rounds=2,
     )
-    records = [path for path in (tmp_path / "runs").rglob("*.json") if not nothing_of_one_cell(str(path))]
-    for path in records:
+    kept = [path for path in (tmp_path / "runs").rglob("*.json") if not nothing_of_one_cell(str(path))]
+    for path in kept:
         record = json.loads(path.read_text())
         record["rounds"][0] |= {"validation": None, "validation_score": None}
         record["baseline_validation"] = {}
         record["partition_skew"] = {}
         record["memory"] = dict.fromkeys(record["memory"])
         path.write_text(json.dumps(record))
-    records.collect(records, arguments[1], arguments[0])
+    records.collect(kept, arguments[1], arguments[0])
     arguments[2] = arguments[2][:1]
     paths = figures.make(*arguments, TITLES, tmp_path / "figures", expected)
     assert len(paths) == 2 * len(figures.names(1, 2))
@@ -181,12 +184,12 @@ def test_partitions_of_any_size_are_drawn(clients, labels):
     file = file.model_copy(
         update={"label_counts": wide, "label_names": [f"label {number}" for number in range(labels)]}
     )
-    figure = figures._partitions([file], ["bbc_news"], ["dirichlet_0.1", "absent"])
+    figure = partition_figures.draw_partitions([file], ["bbc_news"], ["dirichlet_0.1", "absent"])
     figure.draw_without_rendering()
     axes = figure.axes[0]
     tallest = max(map(sum, wide))
     assert tallest <= axes.get_ylim()[1] <= tallest * 1.2
-    assert axes.get_xlabel() == ("client" if clients <= figures.MANY_CLIENTS else "client, by size")
+    assert axes.get_xlabel() == ("client" if clients <= partition_figures.MANY_CLIENTS else "client, by size")
 
 
 def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
@@ -194,19 +197,19 @@ def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
     folder, arguments, expected, _ = drawn
     import matplotlib
 
-    scene = records.Scene.make(records.load_runs(arguments[0]), expected, TITLES)
+    scene = Scene.make(records.load_runs(arguments[0]), expected, TITLES)
     rounds = records.load_rounds(arguments[1])
     for key in ("task", "partition", "method"):
         rounds[key] = rounds[key].astype(str)
     look = drawing.styles(scene.methods)
     with matplotlib.rc_context(drawing.SETTINGS):
         drawings = {
-            "rounds": figures._over_rounds(scene, rounds, look, scene.tasks, scene.partitions),
-            "bytes": figures._over_bytes(scene, rounds, look, scene.tasks, scene.partitions),
-            "trade-off": figures._trade_off(scene, look, [(task, "dirichlet_0.1") for task in scene.tasks]),
-            "heterogeneity": figures._over_heterogeneity(scene, look, scene.tasks),
-            "memory": figures._memory(scene, scene.tasks),
-            "blocks": figures._memory_by_block(scene, look, scene.tasks),
+            "rounds": over_rounds(scene, rounds, look, scene.tasks, scene.partitions),
+            "bytes": over_bytes(scene, rounds, look, scene.tasks, scene.partitions),
+            "trade-off": trade_off(scene, look, [(task, "dirichlet_0.1") for task in scene.tasks]),
+            "heterogeneity": over_heterogeneity(scene, look, scene.tasks),
+            "memory": memory(scene, scene.tasks),
+            "blocks": memory_by_block(scene, look, scene.tasks),
         }
         for name, figure in drawings.items():
             figure.draw_without_rendering()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fedlm.base import downloads
 from fedlm.base.errors import UserError
-from fedlm.models import loading
+from fedlm.models import places
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import ModelConfig
 from fedlm.models.loading import (
@@ -68,7 +68,7 @@ def test_mobillama_layers_share_one_feed_forward():
 def test_every_catalogue_entry_is_described_and_builds():
     for label, entry in CATALOGUE.items():
         assert entry.title and entry.reference and entry.hub.count("/") == 1
-        loading.check(ModelConfig(source=label))
+        places.check(ModelConfig(source=label))
         assert build_config(ModelConfig(source=label), "classification", 3).num_labels == 3
 
 
@@ -267,7 +267,7 @@ def test_fingerprint_sees_names_formats_shapes_and_values():
 def test_a_source_that_cannot_exist_is_named(source, says):
     config = ModelConfig(source=source)
     for call in (
-        lambda: loading.check(config),
+        lambda: places.check(config),
         lambda: load(config, "classification", 2, 0),
         lambda: build_on_meta(config, "classification", 2),
         lambda: load_tokenizer(config),
@@ -280,7 +280,7 @@ def test_a_source_that_cannot_exist_is_named(source, says):
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folders):
     with pytest.raises(UserError, match="holds no config.json"):
-        loading.check(ModelConfig(source=str(tmp_path)))
+        places.check(ModelConfig(source=str(tmp_path)))
 
     shape_only = tmp_path / "shape"
     shape_only.mkdir()

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from fedlm.base.errors import UserError
 from fedlm.data import partition
-from fedlm.data.partition import PartitionFile, check, count_labels, divide, parse, skew
+from fedlm.data.division import divide
+from fedlm.data.partition import PartitionFile, count_labels, skew
+from fedlm.data.schemes import check, parse
 
 SCHEMES = [
     {"scheme": "pooled"},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic import synthetic_record, write_study
 
 from fedlm.base.errors import UserError
-from fedlm.results import records
+from fedlm.results import records, scene
 
 
 def write(path, record):
@@ -21,8 +21,8 @@ def write(path, record):
     return path
 
 
-def collect(folder, records):
-    records.collect(records, folder / "rounds.parquet", folder / "runs.parquet")
+def collect(folder, paths):
+    records.collect(paths, folder / "rounds.parquet", folder / "runs.parquet")
     return records.load_runs(folder / "runs.parquet"), records.load_rounds(folder / "rounds.parquet")
 
 
@@ -88,12 +88,12 @@ def test_rounds_without_a_score_stay_without_one(tmp_path):
 
 
 def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path, monkeypatch):
-    records, _, _ = write_study(tmp_path, seeds=(2, 10, 1), methods=("fedavg", "fedcybgd"))
+    paths, _, _ = write_study(tmp_path, seeds=(2, 10, 1), methods=("fedavg", "fedcybgd"))
     contents = []
     monkeypatch.setattr(records, "ROWS_IN_MEMORY", 40)  # several batches
     for seed in range(3):
-        random.Random(seed).shuffle(records)
-        records.collect(iter(records), tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+        random.Random(seed).shuffle(paths)
+        records.collect(iter(paths), tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
         contents.append([(tmp_path / f"{name}.parquet").read_bytes() for name in ("rounds", "runs")])
     assert contents[0] == contents[1] == contents[2]
     runs = records.load_runs(tmp_path / "runs.parquet")
@@ -156,21 +156,21 @@ def test_runs_that_may_not_be_compared_are_refused(tmp_path):
 
 
 def test_what_is_missing_is_found_and_described(tmp_path):
-    records, _, expected = write_study(tmp_path, seeds=(1, 2), methods=("fedavg", "fedlora"))
+    paths, _, expected = write_study(tmp_path, seeds=(1, 2), methods=("fedavg", "fedlora"))
     gone = {
         ("bbc_news", "iid", "fedlora", 2),
         ("bbc_news", "iid", "fedavg", 1),
         ("bbc_news", "iid", "fedavg", 2),
     }
-    kept = [path for path, run in zip(records, expected, strict=True) if run not in gone]
+    kept = [path for path, run in zip(paths, expected, strict=True) if run not in gone]
     runs, _ = collect(tmp_path, kept)
-    absent = records.missing(runs, expected)
+    absent = scene.missing(runs, expected)
     assert set(absent) == gone
-    assert records.describe_missing(absent) == [
+    assert scene.describe_missing(absent) == [
         "bbc_news / iid / fedavg: seeds 1, 2",
         "bbc_news / iid / fedlora: seed 2",
     ]
-    assert records.missing(runs, expected[:0]) == []
+    assert scene.missing(runs, expected[:0]) == []
 
 
 def test_compiled_files_that_are_not_ours_are_named(tmp_path):

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from synthetic import TITLES, synthetic_record, write_study
 
 from fedlm.base.errors import UserError
-from fedlm.results import records, statistics, tables, typeset
-from fedlm.results.records import Scene
+from fedlm.results import cost_tables, records, reference, statistics, tables, typeset
+from fedlm.results.scene import Scene
 
 
 def study(folder, skip=(), **changes):
     """Write, collect and return the runs and the list of expected runs; runs in `skip` are not there."""
-    records, _, expected = write_study(folder, **changes)
+    written, _, expected = write_study(folder, **changes)
     kept = [
-        path for path, run in zip(records, expected, strict=True) if run not in skip and run[:3] not in skip
+        path for path, run in zip(written, expected, strict=True) if run not in skip and run[:3] not in skip
     ]
     records.collect(kept, folder / "rounds.parquet", folder / "runs.parquet")
     return records.load_runs(folder / "runs.parquet"), expected
@@ -89,13 +89,13 @@ def test_the_best_competitor_is_marked_and_never_a_control(tmp_path):
 
 
 def test_what_looks_equal_is_marked_equally(tmp_path):
-    records = []
+    written = []
     for method, score in {"fedavg": 0.9001, "fedlora": 0.8999, "fedcybgd": 0.85}.items():
         record = synthetic_record(method=method) | {"test_score": score}
         path = tmp_path / f"{method}.json"
         path.write_text(json.dumps(record))
-        records.append(path)
-    records.collect(records, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+        written.append(path)
+    records.collect(written, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
     make(tmp_path, [])
     assert marked(tmp_path) == ["FedAvg", "FedLoRA"]
 
@@ -169,7 +169,7 @@ def test_small_studies_have_all_tables(tmp_path, changes):
     _, expected = study(tmp_path, **changes)
     for path in make(tmp_path, expected):
         assert path.stat().st_size > 0
-    assert tables.terminal(records.load_runs(tmp_path / "runs.parquet"), expected)
+    assert cost_tables.terminal(records.load_runs(tmp_path / "runs.parquet"), expected)
 
 
 def test_titles_with_signs_of_latex_and_markdown_are_harmless(tmp_path):
@@ -281,23 +281,23 @@ def test_published_memory_stands_beside_ours(tmp_path):
 
 
 def test_reference_file_names_its_sources_and_faults_are_named(tmp_path):
-    sources = tables.read_reference()
+    sources = reference.read_reference()
     assert all(source.reference and source.note and source.rows for source in sources)
     path = tmp_path / "reference.yaml"
     path.write_text("sources: [{name: x}]")
     with pytest.raises(UserError, match="reference.yaml: sources.0"):
-        tables.read_reference(path)
+        reference.read_reference(path)
     path.write_text("sources: [")
     with pytest.raises(UserError, match="not valid YAML"):
-        tables.read_reference(path)
+        reference.read_reference(path)
 
 
 def test_terminal_table_fits_into_120_columns(tmp_path):
     runs, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora")})
     long = {label: f"A rather long title of the method {label}" for label in TITLES}
     for titles in (TITLES, long, None):
-        text = tables.terminal(runs, expected, titles)
-        assert text == tables.terminal(tmp_path / "runs.parquet", expected, titles)
+        text = cost_tables.terminal(runs, expected, titles)
+        assert text == cost_tables.terminal(tmp_path / "runs.parquet", expected, titles)
         assert max(map(len, text.splitlines())) <= 120
         assert text.count("bbc_news (accuracy, %)") == 3
         assert "93.9 ± 1.2 *" in text

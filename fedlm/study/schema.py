@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from fedlm.data.partition import PartitionConfig
+from fedlm.data.schemes import PartitionConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins

@@ -6,14 +6,14 @@ overriding single keys of the one before.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
-from fedlm.data.partition import PartitionConfig
+from fedlm.data.schemes import PartitionConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.config import ModelConfig
 
@@ -118,6 +118,21 @@ class Study(Settings):
                         continue
                     for seed in self.seeds:
                         yield Run(task, partition, label, seed)
+
+    def named(self, paths: Iterable[str]) -> list[Run]:
+        """Return the runs of these paths (task/partition/method/seed<k>), in their order.
+
+        Raises UserError for a path that is none of the study's runs.
+        """
+        paths, known = list(paths), {run.path: run for run in self.runs()}
+        for path in paths:
+            if path not in known:
+                raise UserError(f"run: {path!r} is not in the study; allowed: task/partition/method/seed<k>")
+        return [known[path] for path in paths]
+
+    def titles(self) -> dict[str, str]:
+        """Return the title of each method label, in the order of the file."""
+        return {label: entry.title for label, entry in self.methods.items()}
 
     def run(self, task: str, partition: str, method: str, seed: int) -> RunConfig:
         """Return the configuration of one run.

@@ -114,7 +114,12 @@ def prepare_depends_on(task):
         entry.task,
         settings,
         model,
-        sources("fedlm/data/prepared.py", "fedlm/data/task.py", "tasks/*.py"),
+        sources(
+            "fedlm/data/prepared.py",
+            "fedlm/data/task.py",
+            "fedlm/data/tokenising.py",
+            "tasks/*.py",
+        ),
     )
 
 
@@ -127,7 +132,13 @@ def partition_depends_on(task, partition):
     return digest(
         settings,
         clients,
-        sources("fedlm/data/partition.py", "fedlm/data/prepared.py", "fedlm/base/randomness.py"),
+        sources(
+            "fedlm/data/schemes.py",
+            "fedlm/data/division.py",
+            "fedlm/data/partition.py",
+            "fedlm/data/prepared.py",
+            "fedlm/base/randomness.py",
+        ),
     )
 
 

@@ -55,12 +55,9 @@ rule tables:
         "../../environment.yml"
     params:
         study=STUDY_FILE,
-        titles={label: entry.title for label, entry in study.methods.items()},
+        titles=study.titles(),
         depends_on=sources(
-            "fedlm/results/tables.py",
-            "fedlm/results/records.py",
-            "fedlm/results/statistics.py",
-            "fedlm/results/typeset.py",
+            "fedlm/results/*.py",
             "methods/*.py",
             "config/reference.yaml",
         ),
@@ -90,12 +87,10 @@ rule figures:
         "../../environment.yml"
     params:
         study=STUDY_FILE,
-        titles={label: entry.title for label, entry in study.methods.items()},
+        titles=study.titles(),
         depends_on=sources(
-            "fedlm/results/figures.py",
+            "fedlm/results/*.py",
             "fedlm/data/partition.py",
-            "fedlm/results/records.py",
-            "fedlm/results/typeset.py",
             "methods/*.py",
         ),
     message:

@@ -1,0 +1,164 @@
+"""Tables that compare methods over all cells: aggregated scores, and differences paired by seed."""
+
+import math
+
+import numpy
+import pandas
+
+from fedlm.base.errors import UserError
+from fedlm.results.cells import CELL, points, shown_mean, task_texts
+from fedlm.results.scene import Scene
+from fedlm.results.statistics import adjust, compare, interquartile_mean
+from fedlm.results.typeset import Table, significant
+
+
+def aggregate_table(scene: Scene) -> Table:
+    """Interquartile mean of all scores of a method, with a stratified bootstrap interval over seeds."""
+    numbers, cells, marks = [], [], []
+    families = scene.runs.assign(family=scene.runs["metric"].where(~scene.runs["greater_is_better"], "score"))
+    for family in sorted(families["family"].unique(), key=lambda name: (name != "score", name)):
+        runs = families[families["family"] == family]
+        greater = family == "score"
+        every_cell = runs.groupby(CELL, observed=True).ngroups
+        values = []
+        for method in scene.methods:
+            own = runs[runs["method"] == method]
+            if own.empty:
+                continue
+            strata = [
+                points(cell["test_score"], greater).to_numpy() for _, cell in own.groupby(CELL, observed=True)
+            ]
+            estimate = interquartile_mean(strata)
+            complete = len(strata) == every_cell
+            numbers.append(
+                {
+                    "family": family,
+                    "method": method,
+                    "title": scene.titles[method],
+                    "control": method in scene.controls,
+                    "interquartile_mean": estimate.value,
+                    "low": estimate.low,
+                    "high": estimate.high,
+                    "mean": points(own["test_score"], greater).mean(),
+                    "cells": len(strata),
+                    "cells_of_all": every_cell,
+                    "runs": len(own),
+                }
+            )
+            write = (lambda value: f"{value:.1f}") if greater else significant
+            known = math.isfinite(estimate.low)
+            cells.append(
+                {
+                    "Measure": "score, points" if greater else f"{family}, lower is better",
+                    "Method": scene.title(method),
+                    "Interquartile mean": write(estimate.value),
+                    "95% interval": f"{write(estimate.low)} to {write(estimate.high)}" if known else "–",
+                    "Mean": write(numbers[-1]["mean"]),
+                    "Cells": f"{len(strata)} of {every_cell}",
+                    "Runs": str(len(own)),
+                }
+            )
+            fit = complete and method not in scene.controls
+            values.append(
+                shown_mean(cells[-1]["Interquartile mean"]) * (-1 if greater else 1) if fit else math.inf
+            )
+        least = min(values, default=math.inf)
+        several = sum(value < math.inf for value in values) > 1
+        marks += [[False, False, several and value == least, *[False] * 4] for value in values]
+    notes = [
+        "Over all cells (task × partition) of a method, in points (score times 100) where greater is better. "
+        "The interval is a stratified bootstrap over seeds, 2,000 draws; there is none where no cell has two "
+        "seeds. Methods with different cells cannot be compared; bold: best of the competitors that have all "
+        "cells.",
+        *scene.notes(),
+    ]
+    columns = ["Measure", "Method", "Interquartile mean", "95% interval", "Mean", "Cells", "Runs"]
+    best = numpy.array(marks, dtype=bool).reshape(len(marks), len(columns))
+    return Table(
+        "aggregate",
+        "Scores over all tasks and partitions",
+        pandas.DataFrame(numbers),
+        pandas.DataFrame(cells, columns=columns),
+        best,
+        1,
+        notes,
+    )
+
+
+def paired_table(scene: Scene, against: str | None = None) -> Table:
+    """Every method against one of them, on the same seeds: paired t-test for each task x partition."""
+    runs = scene.runs
+    names = dict(zip(runs["method"], runs["method_name"], strict=True))
+    if against is None:
+        candidates = [method for method in scene.methods if names.get(method) == "fedavg"]
+        candidates += [method for method in scene.methods if method not in scene.controls]
+        against = (candidates or [*scene.methods, ""])[0]
+    elif against not in scene.titles:
+        raise UserError(
+            f"against: {against!r} is not a method of the study; allowed: {', '.join(scene.titles)}"
+        )
+    found, too_few = [], 0
+    texts = task_texts(scene)
+    every = scene.cells()
+    scores = {
+        (task, partition, method): own.set_index("seed")["test_score"]
+        for task, partition, method, own, _ in every
+    }
+    for task, partition, method, own, _ in every:
+        if method == against:
+            continue
+        ours, theirs = (
+            scores[task, partition, method],
+            scores.get((task, partition, against), own["seed"][:0]),
+        )
+        seeds = sorted(set(ours.index) & set(theirs.index))
+        if len(seeds) < 2:
+            too_few += 1
+            continue
+        greater = bool(own["greater_is_better"].iloc[0])
+        result = compare(points(ours[seeds], greater), points(theirs[seeds], greater))
+        found.append((task, partition, method, greater, result))
+    adjusted = adjust([result.p for *_, result in found])
+    numbers, cells = [], []
+    for (task, partition, method, greater, result), value in zip(found, adjusted, strict=True):
+        labels = {"task": task, "partition": partition, "method": method, "against": against}
+        numbers.append({**labels, **result._asdict(), "p_adjusted": value})
+        write = (lambda number: f"{number:+.1f}") if greater else (lambda number: f"{number:+.3g}")
+        known = math.isfinite(result.low)
+        cells.append(
+            {
+                "Task": texts[task],
+                "Partition": partition,
+                "Method": scene.title(method),
+                "Difference": write(result.difference),
+                "95% interval": f"{write(result.low)} to {write(result.high)}" if known else "–",
+                "p": _probability(result.p),
+                "p adjusted": _probability(value),
+                "n": str(result.n),
+            }
+        )
+    name = scene.titles.get(against, against)
+    notes = [
+        f"Test score of the method minus that of {name} on the same seed (same split, same clients, same new "
+        "head); n pairs, two-sided paired t-test. p adjusted is for the number of rows (Benjamini and "
+        "Hochberg). With few seeds only large differences can be told from chance.",
+        *([f"Comparisons left out, having fewer than two pairs: {too_few}."] if too_few else []),
+        *scene.notes(),
+    ]
+    columns = ["Task", "Partition", "Method", "Difference", "95% interval", "p", "p adjusted", "n"]
+    fields = ["task", "partition", "method", "against", "n", "difference", "low", "high", "p", "p_adjusted"]
+    return Table(
+        "paired",
+        f"Differences from {name}, paired by seed",
+        pandas.DataFrame(numbers, columns=fields),
+        pandas.DataFrame(cells, columns=columns),
+        numpy.zeros((len(cells), len(columns)), dtype=bool),
+        2,
+        notes,
+    )
+
+
+def _probability(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,191 @@
+"""Tables of scores beside costs, of traffic and of memory; the main one also for a terminal."""
+
+import math
+import textwrap
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pandas
+
+from fedlm.results import records
+from fedlm.results.cells import CELL, mean_and_deviation, score_text, shown_mean, task_texts
+from fedlm.results.scene import Scene
+from fedlm.results.typeset import WIDTH, Table, spread
+
+
+class Quantity(NamedTuple):
+    """A column of costs: where it comes from, how it is headed, its unit, and whether the least is marked."""
+
+    column: str
+    heading: str
+    unit: float
+    mark: bool = False
+
+
+PEAK = Quantity("peak_memory_bytes", "Peak memory (MiB)", 2**20, mark=True)
+UP = Quantity("upload_bytes", "Sent up (MB)", 1e6, mark=True)
+DOWN = Quantity("download_bytes", "Sent down (MB)", 1e6, mark=True)
+COMPUTE = Quantity("flops", "Compute (TFLOP)", 1e12, mark=True)
+UNITS_NOTE = (
+    "Mean ± standard deviation over seeds; no deviation is written where there is one seed or where it is "
+    "below the last digit. MB is 1e6 bytes, MiB is 1,048,576 bytes, TFLOP is 1e12 floating point operations."
+)
+SUMS_NOTE = (
+    "Bytes and compute are sums over all clients and rounds of a run, the first broadcast of the pretrained "
+    "model apart. Peak memory is that of live tensors in the turn with the highest peak, model included."
+)
+
+
+def _cost_table(
+    scene: Scene, quantities: Sequence[Quantity], score: bool
+) -> tuple[pandas.DataFrame, pandas.DataFrame, numpy.ndarray]:
+    """Return numbers, cells and best marks of a table with one row for each task, partition and method."""
+    numbers, cells, values = [], [], []
+    texts = task_texts(scene) if score else {task: task for task in scene.tasks}
+    for task, partition, method, runs, asked in scene.cells():
+        number: dict[str, Any] = {"task": task, "partition": partition, "method": method}
+        number |= {"title": scene.titles[method], "control": method in scene.controls}
+        number |= {"seeds": len(runs), "seeds_expected": asked}
+        cell = {"Task": texts[task], "Partition": partition, "Method": scene.title(method)}
+        value = [math.nan] * 3
+        if score:
+            filled = len(runs) > 0
+            number |= {"metric": runs["metric"].iloc[0] if filled else ""}
+            number |= {"greater_is_better": bool(runs["greater_is_better"].iloc[0]) if filled else ""}
+            number |= mean_and_deviation("test_score", runs["test_score"].to_numpy())
+            cell["Score"] = score_text(runs)
+            value.append(shown_mean(cell["Score"]) * (-1 if filled and number["greater_is_better"] else 1))
+        for quantity in quantities:
+            column = runs[quantity.column].to_numpy(dtype=float, na_value=math.nan)
+            number |= mean_and_deviation(quantity.column, column)
+            cell[quantity.heading] = spread(column / quantity.unit)
+            value.append(shown_mean(cell[quantity.heading]) if quantity.mark else math.nan)
+        cell["Seeds"] = str(len(runs)) if len(runs) == asked else f"{len(runs)} of {asked}"
+        numbers.append(number)
+        cells.append(cell)
+        values.append([*value, math.nan])
+    numbers, cells, values = pandas.DataFrame(numbers), pandas.DataFrame(cells), numpy.array(values, float)
+    best = numpy.zeros(values.shape, dtype=bool)
+    if len(numbers):
+        # Scores of fewer seeds are not compared with those of more; costs hardly depend on the seed.
+        most = numbers.groupby(CELL)["seeds"].transform("max")
+        if score:
+            values[numbers["seeds"] < most, cells.columns.get_loc("Score")] = math.nan
+        values[numbers["control"]] = math.nan
+        values = numpy.where(numpy.isnan(values), numpy.inf, values)
+        for _, rows in numbers.groupby(CELL, sort=False):
+            some = values[rows.index]
+            # The best of one is no news.
+            several = numpy.isfinite(some).sum(axis=0) > 1
+            best[rows.index] = several & numpy.isfinite(some) & (some == some.min(axis=0))
+    return numbers, cells, best
+
+
+def main_table(scene: Scene) -> Table:
+    """Score, peak memory, bytes up and down and compute of each task x partition x method."""
+    numbers, cells, best = _cost_table(scene, [PEAK, UP, DOWN, COMPUTE], score=True)
+    notes = [
+        "Score on the test split, of the server's model after the last round. "
+        "Bold: best of the competitors; for the score, of those with the most seeds. " + UNITS_NOTE,
+        SUMS_NOTE,
+        *scene.notes(),
+    ]
+    return Table("main", "What each method scores and what it costs", numbers, cells, best, 2, notes)
+
+
+def traffic_table(scene: Scene, rounds: pandas.DataFrame) -> Table:
+    """Bytes and compute of one client in one round, the first broadcast, and seconds."""
+    keys = ["task", "partition", "method", "seed"]
+    turns = rounds.groupby(keys, observed=True)["participants"].sum().rename("turns").reset_index()
+    turns = turns.astype({"task": object, "partition": object, "method": object})
+    runs = scene.runs.merge(turns, on=keys, how="left")
+    for column in ("upload_bytes", "download_bytes", "flops"):
+        runs[f"turn_{column}"] = runs[column] / runs["turns"].where(runs["turns"] > 0)
+    quantities = [
+        Quantity("turn_upload_bytes", "Up a turn (MB)", 1e6, mark=True),
+        Quantity("turn_download_bytes", "Down a turn (MB)", 1e6, mark=True),
+        Quantity("broadcast_bytes", "Broadcast (MB)", 1e6),
+        Quantity("turn_flops", "Compute a turn (TFLOP)", 1e12, mark=True),
+        Quantity("train_seconds", "Training (s)", 1),
+        Quantity("wall_seconds", "Whole run (s)", 1),
+    ]
+    numbers, cells, best = _cost_table(scene._replace(runs=runs), quantities, score=False)
+    notes = [
+        "Bold: least of the competitors. A turn is one client in one round. " + UNITS_NOTE,
+        "The broadcast is the pretrained model, sent once to every client before its first turn; it is not "
+        "counted elsewhere. Seconds are wall-clock on the machine that the records name.",
+        *scene.notes(),
+    ]
+    return Table("traffic", "Traffic and compute of a turn, and time", numbers, cells, best, 2, notes)
+
+
+def memory_table(scene: Scene) -> Table:
+    """Peak memory of a client's turn by kind, and what the operating system and CUDA saw."""
+    quantities = [
+        PEAK,
+        Quantity("parameter_bytes", "Parameters", 2**20),
+        Quantity("gradient_bytes", "Gradients", 2**20),
+        Quantity("optimizer_bytes", "Optimizer", 2**20),
+        Quantity("activation_bytes", "Activations", 2**20),
+        Quantity("resident_set_bytes", "Resident set", 2**20),
+    ]
+    if scene.runs["cuda_peak_bytes"].notna().any():
+        quantities.append(Quantity("cuda_peak_bytes", "CUDA peak", 2**20))
+    numbers, cells, best = _cost_table(scene, quantities, score=False)
+    notes = [
+        "All in MiB (1,048,576 bytes). Bold: least peak of the competitors. Mean ± standard deviation over "
+        "seeds.",
+        "Parameters, gradients, optimizer state and activations make up the peak of live tensors in the turn "
+        "with the highest peak. The resident set is that of the whole process, Python included.",
+        *scene.notes(),
+    ]
+    return Table("memory", "Memory of a client's turn", numbers, cells, best, 2, notes)
+
+
+def terminal(
+    runs: pandas.DataFrame | Path,
+    expected: Sequence[tuple[str, str, str, int]] = (),
+    titles: dict[str, str] | None = None,
+    controls: Collection[str] | None = None,
+) -> str:
+    """Return the main table for a terminal of 120 columns: a block for each task and partition.
+
+    `runs` is `runs.parquet` or what `results.load_runs` made of it; the rest is as in `make`.
+    """
+    runs = runs if isinstance(runs, pandas.DataFrame) else records.load_runs(runs)
+    scene = Scene.make(runs, expected, titles, controls)
+    numbers, cells, best = _cost_table(scene, [PEAK, UP, DOWN, COMPUTE], score=True)
+    blocks = []
+    headings = ["Method", "Score", "Memory (MiB)", "Up (MB)", "Down (MB)", "Compute (TFLOP)", "Seeds"]
+    rows = []
+    for row, marks in zip(cells.to_numpy().tolist(), best, strict=True):
+        # Means alone for the costs: their deviations are in the files.
+        short = [*row[2:4], *(cell.split(" ± ")[0] for cell in row[4:])]
+        rows.append(
+            [f"{cell} *" if mark else f"{cell}  " for cell, mark in zip(short, marks[2:], strict=True)]
+        )
+    widths = [
+        max([len(heading), *(len(row[column]) for row in rows)]) for column, heading in enumerate(headings)
+    ]
+    widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+
+    def line(values: Sequence[str]) -> str:
+        first, *rest = values
+        first = first if len(first.rstrip()) <= widths[0] else first[: widths[0] - 1] + "…"
+        padded = [value.rjust(width) for value, width in zip(rest, widths[1:], strict=True)]
+        return "  ".join([first.ljust(widths[0])[: widths[0]], *padded]).rstrip()
+
+    for (task, partition), group in cells.groupby(["Task", "Partition"], sort=False):
+        labels = numbers.loc[group.index[0], CELL]
+        own = scene.runs[(scene.runs[CELL] == labels).all(axis=1)]
+        divergence = own["label_divergence"].mean()
+        skewed = f", label divergence {divergence:.2f}" if math.isfinite(divergence) else ""
+        block = [f"{task}: {partition}{skewed}", line(headings)]
+        blocks.append("\n".join([*block, *(line(rows[index]) for index in group.index)]))
+    notes = [
+        "* Best of the competitors. MB is 1e6 bytes, MiB 1,048,576; bytes are of all clients and rounds."
+    ]
+    notes = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes + scene.notes()]
+    return "\n\n".join([*blocks, "\n".join(notes)])

@@ -1,0 +1,111 @@
+"""Figures of scores over rounds and over bytes: a curve for each method."""
+
+from collections.abc import Callable
+
+import matplotlib.ticker
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedlm.results.drawing import Style, edge, logarithmic_axis, panels
+from fedlm.results.lettering import measure, methods_legend, name_row, partition_title
+from fedlm.results.scene import Scene
+
+
+def _mean_curves(rounds: pandas.DataFrame, factor: float) -> pandas.DataFrame:
+    """Return, for each scored round, mean and deviation of the score over seeds, and mean MB so far."""
+    scored = rounds[rounds["validation_score"].notna()]
+    scored = scored.assign(
+        score=scored["validation_score"] * factor,
+        megabytes=(scored["upload_bytes"] + scored["download_bytes"]) / 1e6,
+    )
+    grouped = scored.groupby("round")
+    return pandas.DataFrame(
+        {
+            "score": grouped["score"].mean(),
+            "deviation": grouped["score"].std(ddof=1).fillna(0.0),
+            "megabytes": grouped["megabytes"].mean(),
+        }
+    )
+
+
+def _draw_curve(axes: Axes, x: pandas.Series, curve: pandas.DataFrame, style: Style) -> None:
+    axes.plot(
+        x,
+        curve["score"],
+        color=style.colour,
+        linestyle=style.line,
+        marker=style.marker,
+        markevery=max(1, len(curve) // 8),
+        **edge(style),
+    )
+    if curve["deviation"].any():
+        low, high = curve["score"] - curve["deviation"], curve["score"] + curve["deviation"]
+        axes.fill_between(x, low, high, color=style.colour, alpha=0.15, linewidth=0)
+
+
+def _curves(
+    scene: Scene,
+    rounds: pandas.DataFrame,
+    look: dict[str, Style],
+    tasks: list[str],
+    partitions: list[str],
+    draw: Callable[[Axes, pandas.DataFrame, Style], None],
+    x_label: str,
+) -> Figure:
+    """Draw one panel for each task (row) and partition (column), with a curve for each method."""
+    known = scene.runs[["task", "partition", "method", "seed"]]
+    rounds = rounds.merge(known, on=list(known.columns))
+    figure, grid = panels(len(tasks), len(partitions), sharex="all", sharey="row")
+    methods = set()
+    for row, task in enumerate(tasks):
+        name, factor = measure(scene, task)
+        for column, partition in enumerate(partitions):
+            axes = grid[row, column]
+            some = rounds[(rounds["task"] == task) & (rounds["partition"] == partition)]
+            axes.set_title(partition_title(scene, task, partition, len(partitions)), pad=3)
+            if some["validation_score"].notna().sum() == 0:
+                axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", color="#777777")
+                continue
+            for method in scene.methods:
+                own = some[some["method"] == method]
+                if len(own):
+                    draw(axes, _mean_curves(own, factor), look[method])
+                    methods.add(method)
+            if row == len(tasks) - 1:
+                axes.set_xlabel(x_label)
+        name_row(grid[row, 0], task, f"validation {name}")
+    methods_legend(figure, scene, look, methods)
+    return figure
+
+
+def over_rounds(
+    scene: Scene, rounds: pandas.DataFrame, look: dict[str, Style], tasks: list[str], partitions: list[str]
+) -> Figure:
+    """Score of the server's model on the validation split, after each round; bands are ± one deviation."""
+
+    def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
+        _draw_curve(axes, curve.index, curve, style)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+
+    return _curves(scene, rounds, look, tasks, partitions, draw, "round")
+
+
+def over_bytes(
+    scene: Scene, rounds: pandas.DataFrame, look: dict[str, Style], tasks: list[str], partitions: list[str]
+) -> Figure:
+    """The same over the bytes that all clients sent and received; who sends nothing is a level line."""
+
+    sent = scene.runs["upload_bytes"] + scene.runs["download_bytes"]
+    logarithmic = (sent > 0).any()
+
+    def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
+        if logarithmic:
+            logarithmic_axis(axes)
+        sent = curve[curve["megabytes"] > 0]
+        if sent.empty:
+            axes.axhline(curve["score"].iloc[-1], color=style.colour, linestyle=style.line, linewidth=0.8)
+        else:
+            _draw_curve(axes, sent["megabytes"], sent, style)
+
+    return _curves(scene, rounds, look, tasks, partitions, draw, "sent up and down so far (MB)")

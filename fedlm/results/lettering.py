@@ -1,0 +1,68 @@
+"""The words on the figures: names of scores, titles of panels and rows, legends, notes."""
+
+import math
+from collections.abc import Collection
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedlm.results.drawing import Style, method_legend
+from fedlm.results.scene import Scene
+
+
+def note_missing(figure: Figure, text: str) -> None:
+    """Write a line below everything else."""
+    line = 0.13
+    height = figure.get_figheight() + line
+    figure.set_figheight(height)
+    figure.get_layout_engine().set(rect=(0, line / height, 1, 1 - line / height))
+    figure.text(0.995, 0.02 / height, text, ha="right", va="bottom", fontsize=6.5, color="#b00000")
+
+
+def methods_legend(figure: Figure, scene: Scene, look: dict[str, Style], methods: Collection[str]) -> None:
+    """Add a legend of these methods, with their titles, in the order of the scene."""
+    method_legend(figure, look, {m: scene.titles[m] for m in scene.methods if m in methods})
+
+
+def measure(scene: Scene, task: str) -> tuple[str, float]:
+    """Return the name of a task's score, with unit, and what scores are multiplied with for display."""
+    runs = scene.runs[scene.runs["task"] == task]
+    if runs.empty:
+        return "score", 1.0
+    metric = runs["metric"].iloc[0]
+    name = metric.replace("_", " ")
+    if not runs["greater_is_better"].iloc[0]:
+        return name, 1.0
+    percent = metric in ("accuracy", "f1", "macro_f1", "exact_match")
+    return f"{name} (%)" if percent else f"{name} × 100", 100.0
+
+
+def empty(axes: Axes, text: str = "no runs") -> None:
+    """Write in a panel why it is empty, and remove its ticks and grid."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+
+
+def shorten(text: str, longest: int = 26) -> str:
+    """Cut a text to so many letters, the last of them an ellipsis."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def name_row(axes: Axes, task: str, measure: str) -> None:
+    """Name a row of panels: its task, and what is measured."""
+    axes.set_ylabel(f"{shorten(task, 24)}\n{measure}", linespacing=1.0)
+
+
+def partition_title(scene: Scene, task: str, partition: str, columns: int) -> str:
+    """Return a panel's title: the partition and its measured skew (label divergence, in bits)."""
+    runs = scene.runs[(scene.runs["task"] == task) & (scene.runs["partition"] == partition)]
+    divergence = runs["label_divergence"].mean() if len(runs) else math.nan
+    skew = f", skew {divergence:.2f}" if math.isfinite(divergence) else ""
+    return shorten(partition, letters_above(columns) - len(skew)) + skew
+
+
+def letters_above(columns: int) -> int:
+    """Return how many letters fit above a panel, where there are so many beside each other."""
+    return {1: 40, 2: 50, 3: 34}.get(columns, 25)
