@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(operat
         and "the disk is full; nothing that was finished is lost" in last
     )
     assert "Traceback" not in ended.said
-    written = len(list(records.rglob("*.checkpoint")))
+    written = len(list(results.rglob("*.checkpoint")))
     finished = ended.said.count(": round ")
     assert written == min(max(operation - 5, 0), 2) or operation > 4 + ROUNDS
     goes_on(study, results, expected, rounds_before=min(max(operation - 5, 0), ROUNDS) if finished else 0)
@@ -126,7 +126,7 @@ def test_a_limit_on_the_size_of_files(undisturbed, tmp_path):
     results = tmp_path / "results"
     largest = 20_000
     limited = forked.limited(resource.RLIMIT_FSIZE, largest, make(study, results))
-    ended = forked.run(limited, records.parent / "log")
+    ended = forked.run(limited, results.parent / "log")
     assert ended.status == 1
     assert "round-000001.checkpoint: the file would be larger" in ended.said.splitlines()[-1]
     goes_on(study, results, expected)
@@ -161,12 +161,12 @@ def test_results_that_are_read_only(undisturbed, tmp_path):
     results = tmp_path / "disk"
     with mounted(results, "size=8m"):
         assert forked.run(make(study, results), tmp_path / "log").status == 0
-        before = sorted(records.rglob("*"))
+        before = sorted(results.rglob("*"))
         subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
         ended = forked.run(make(study, results), tmp_path / "log")
         assert ended.status == 1
         assert "the file system is read-only; nothing" in ended.said.splitlines()[-1]
-        assert sorted(records.rglob("*")) == before and hashed(record(results)) == expected
+        assert sorted(results.rglob("*")) == before and hashed(record(results)) == expected
 
 
 @pytest.mark.parametrize(

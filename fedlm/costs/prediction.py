@@ -294,7 +294,9 @@ def predict(
         recorded = run.work
         occasions = {work: occasion for work, (_, occasion) in recorded.largest.items()}
         memory = _measure(occasions, lambda work, one: asdict(run.memory_of(one)), positions)
-        flops = _measure(recorded.where, lambda work, one: {"flops": run.flops_of(one, work.what[0])}, positions)
+        flops = _measure(
+            recorded.where, lambda work, one: {"flops": run.flops_of(one, work.what[0])}, positions
+        )
     by_label: dict[str, Memory] = {}
     for work, found in memory.items():
         kinds = {name: round(found[name]) for name in KINDS}
