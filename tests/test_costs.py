@@ -22,6 +22,7 @@ from fedlm.data.prepared import Prepared
 from fedlm.federation.loop import Batches
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
+from fedlm.measure import memory as measured_memory
 from fedlm.models.config import ModelConfig
 from fedlm.study import reading
 from fedlm.study.plugins import discover_methods
@@ -200,7 +201,7 @@ def test_a_table_for_any_config_json(tmp_path):
         assert "FedCyBGD" in done.stdout and "FedLoRA" in done.stdout
     rows = pandas.read_csv(tmp_path / "out/costs.csv")
     assert list(rows["method"]) == ["fedcybgd", "fedlora"]
-    parts = rows[["parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes"]].sum(axis=1)
+    parts = rows[[f"{kind}_bytes" for kind in measured_memory.KINDS]].sum(axis=1)
     assert (parts == rows["peak_memory_bytes"]).all()
     traffic = pandas.read_csv(tmp_path / "out/traffic_time.csv")
     sent = rows["turn_download_bytes"] + rows["turn_upload_bytes"]

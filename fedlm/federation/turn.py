@@ -51,8 +51,8 @@ class Turn:
 
     Attributes: `client`, `round` (from 1); `steps` is the number of optimizer steps; `model` is the client's
     working copy; `received` the values it started from, which nobody may write into; `kept` what the client
-    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `queries` how many
-    passes only looked (see `evaluate`).
+    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `total_rate` the sum of
+    the learning rates of the steps so far; `queries` how many passes only looked (see `evaluate`).
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Turn:
         self.loss = 0.0
         self.flops = 0
         self.queries = 0
+        self.total_rate = 0.0
         self._plan = plan
         self._make_batch = make_batch
         self._instruments = instruments
@@ -116,8 +117,9 @@ class Turn:
         """Train the segment's parameters for its number of steps; freeze all others.
 
         `term` takes the trained parameters by name and returns a scalar that is added to the loss, once an
-        optimizer step. `correct` takes a parameter's name and its float32 gradient and returns the gradient
-        to use; it is called once an optimizer step, after loss scaling is undone and before clipping.
+        optimizer step. `correct` takes a parameter's name and its float32 gradient, which it may change, and
+        returns the gradient to use; it is called once an optimizer step, after loss scaling is undone and
+        before clipping.
 
         Raises TurnError when the loss is not finite or a correction has another shape than its gradient.
         """
@@ -242,8 +244,10 @@ class Turn:
         added = None if term is None else lambda: term(optimizer.parameters)
         for batch, share in self._weighted(step):
             loss += self._pass(segment, Pass(self.model, batch, self.settings, share, term=added))
+        factor = rate_factor(*self._progress(), self.settings)
+        self.total_rate += factor * self.settings.learning_rate
         try:
-            optimizer.step(rate_factor(*self._progress(), self.settings), correct)
+            optimizer.step(factor, correct)
         except ValueError as error:
             raise TurnError(str(error)) from error
         return loss

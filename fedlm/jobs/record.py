@@ -45,6 +45,7 @@ def build(
         "download_bytes": ledger.download,
         "broadcast_bytes": ledger.broadcast,
         "flops": federation.flops,
+        "queries": federation.queries,
         "memory": _memory(peak) if peak else None,
         "memory_by_block": {
             label.removeprefix("block "): _memory(found)

@@ -109,13 +109,14 @@ def traffic_table(scene: Scene, rounds: pandas.DataFrame) -> Table:
         Quantity("broadcast_bytes", "Broadcast (MB)", 1e6),
         Quantity("turn_flops", "Compute a turn (TFLOP)", 1e12, mark=True),
         Quantity("train_seconds", "Training (s)", 1),
+        Quantity("server_seconds", "Server (s)", 1),
         Quantity("wall_seconds", "Whole run (s)", 1),
     ]
     numbers, cells, best = _cost_table(scene._replace(runs=runs), quantities, score=False)
     notes = [
         "Bold: least of the competitors. A turn is one client in one round. " + UNITS_NOTE,
         "The broadcast is the pretrained model, sent once to every client before its first turn; it is not "
-        "counted elsewhere. Seconds are wall-clock on the machine that the records name.",
+        "counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's are those of merging.",
         *scene.notes(),
     ]
     return Table("traffic", "Traffic and compute of a turn, and time", numbers, cells, best, 2, notes)
@@ -128,6 +129,7 @@ def memory_table(scene: Scene) -> Table:
         Quantity("parameter_bytes", "Parameters", 2**20),
         Quantity("gradient_bytes", "Gradients", 2**20),
         Quantity("optimizer_bytes", "Optimizer", 2**20),
+        Quantity("method_bytes", "Method", 2**20),
         Quantity("activation_bytes", "Activations", 2**20),
         Quantity("resident_set_bytes", "Resident set", 2**20),
     ]
@@ -137,8 +139,8 @@ def memory_table(scene: Scene) -> Table:
     notes = [
         "All in MiB (1,048,576 bytes). Bold: least peak of the competitors. Mean ± standard deviation over "
         "seeds.",
-        "Parameters, gradients, optimizer state and activations make up the peak of live tensors in the turn "
-        "with the highest peak. The resident set is that of the whole process, Python included.",
+        "Parameters, gradients, optimizer state, what the method itself holds (an anchor, a control variate) "
+        "and activations make up the peak of live tensors in the turn with the highest peak. The resident set is that of the whole process, Python included.",
         *scene.notes(),
     ]
     return Table("memory", "Memory of a client's turn", numbers, cells, best, 2, notes)

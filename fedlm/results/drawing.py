@@ -98,6 +98,7 @@ KINDS = [
     ("parameter_bytes", "parameters", "#4477AA", ""),
     ("gradient_bytes", "gradients", "#EE6677", "////"),
     ("optimizer_bytes", "optimizer state", "#CCBB44", "...."),
+    ("method_bytes", "held by the method", "#AA3377", "\\\\"),
     ("activation_bytes", "activations", "#BBBBBB", "xxxx"),
 ]
 

@@ -27,6 +27,7 @@ MEMORY_COLUMNS = [
     "parameter_bytes",
     "gradient_bytes",
     "optimizer_bytes",
+    "method_bytes",
     "activation_bytes",
 ]
 SECONDS = ["download", "train", "probe", "upload", "merge", "score"]
@@ -72,6 +73,7 @@ class _Memory(_Part):
     parameter_bytes: int | None
     gradient_bytes: int | None
     optimizer_bytes: int | None
+    method_bytes: int | None = 0  # what a method holds itself; older records have none
     activation_bytes: int | None
 
 
@@ -120,6 +122,7 @@ class _Record(_Part):
     download_bytes: int
     broadcast_bytes: int
     flops: int
+    queries: int = 0
     memory: _Memory | None
     memory_by_block: dict[str, _Memory] = {}
     resident_set_bytes: int | None = None
@@ -143,8 +146,8 @@ _RUN_SCHEMA = {
     **dict.fromkeys(["rounds", "clients", "batch_size"], _INTEGER),
     "learning_rate": _NUMBER,
     **dict.fromkeys(["upload_bytes", "download_bytes", "broadcast_bytes", *MEMORY_COLUMNS], _INTEGER),
-    **dict.fromkeys(["resident_set_bytes", "cuda_peak_bytes"], _INTEGER),
-    **dict.fromkeys(["flops", "train_seconds", "wall_seconds", "label_divergence", "size_gini"], _NUMBER),
+    **dict.fromkeys(["resident_set_bytes", "cuda_peak_bytes", "queries"], _INTEGER),
+    **dict.fromkeys(["flops", "train_seconds", "server_seconds", "wall_seconds", "label_divergence", "size_gini"], _NUMBER),
     "memory_by_block": pyarrow.list_(
         pyarrow.struct({"block": _TEXT, **dict.fromkeys(MEMORY_COLUMNS, _INTEGER)})
     ),
@@ -270,6 +273,7 @@ def _run_row(record: _Record) -> dict[str, Any]:
         "batch_size": record.config.training.batch_size,
         "learning_rate": record.config.training.learning_rate,
         "flops": float(record.flops),
+        "server_seconds": sum(entry.seconds.get("merge", 0.0) for entry in record.rounds),
         **(record.memory.model_dump() if record.memory else dict.fromkeys(MEMORY_COLUMNS)),
         "memory_by_block": [{"block": name, **memory.model_dump()} for name, memory in blocks],
         "label_divergence": record.partition_skew.get("label_divergence"),

@@ -1,0 +1,101 @@
+"""SCAFFOLD: control variates correct the drift of clients whose data differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from fedlm.federation.method import Method, MethodConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from fedlm.federation.method import Server, Upload
+    from fedlm.federation.turn import Turn
+
+
+class Scaffold(Method):
+    """Stochastic controlled averaging (Karimireddy et al. 2020, algorithm 1, option II for the controls).
+
+    The server sends its control c with the parameters x. Client i adds c - c_i to every gradient, trains to
+    y_i, and sets c_i to c_i - c + (x - y_i) / r, with r the sum of the learning rates of its steps. It sends
+    y_i and the change of c_i; both are averaged, and c takes the share of clients that answered of that mean.
+    The rule for c_i is exact for plain SGD; with momentum or AdamW it is a heuristic.
+    """
+
+    title = "SCAFFOLD"
+    reference = "arXiv:1910.06378"
+    companions = ("control",)
+
+    class Config(MethodConfig):
+        """Whether gradients are corrected, and how clients are weighted."""
+
+        corrected: bool = Field(True, description="false sends no controls: a FedAvg")
+        weights: Literal["uniform", "examples"] = Field(
+            "uniform", description="weights of the mean of the parameters; that of the controls is uniform"
+        )
+
+    config: Config
+
+    def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
+        if not self.config.corrected:
+            return server.tensors
+        for name in self.exchanged:
+            server.state.setdefault(
+                f"{name}@control", server.tensors[name].new_zeros(server.tensors[name].shape)
+            )
+        return {**server.tensors, **server.state}
+
+    def train(self, turn: Turn) -> None:
+        if not self.config.corrected:
+            return super().train(turn)
+        own = self._own_controls(turn)
+
+        def correct(name: str, gradient: Tensor) -> Tensor:
+            control = f"{name}@control"
+            return gradient.add_(turn.received[control].to(gradient.device)).sub_(
+                own[control].to(gradient.device)
+            )
+
+        for segment in self.segments(turn.client, turn.round, turn.steps):
+            turn.fit(segment, correct=correct)
+        return None
+
+    def upload(self, turn: Turn) -> dict[str, Tensor]:
+        values = super().upload(turn)
+        if not self.config.corrected:
+            return values
+        own, changes = self._own_controls(turn), {}
+        for name in self.trainable(turn.client, turn.round):
+            control = f"{name}@control"
+            moved = turn.received[name] - values[name].to(turn.received[name].device)
+            changes[control] = moved / turn.total_rate - turn.received[control]
+            turn.keep({control: own[control] + changes[control]})
+        return {**values, **changes}
+
+    def merge(self, server: Server, uploads: Iterable[Upload], round: int) -> None:
+        changes: dict[str, Tensor] = {}
+
+        def parameters_only() -> Iterator[Upload]:
+            for upload in uploads:
+                for name in [name for name in upload.tensors if name.endswith("@control")]:
+                    change = upload.tensors.pop(name)
+                    changes[name] = changes[name].add_(change) if name in changes else change
+                yield upload if self.config.weights == "examples" else upload._replace(examples=1)
+
+        super().merge(server, parameters_only(), round)
+        for name, change in changes.items():
+            # |S| / N times the mean change is the sum of the changes divided by N.
+            server.state[name] = server.state[name] + change / self.clients
+
+    def _own_controls(self, turn: Turn) -> dict[str, Tensor]:
+        names = [f"{name}@control" for name in self.trainable(turn.client, turn.round)]
+        return {
+            name: turn.kept[name]
+            if name in turn.kept
+            else turn.received[name].new_zeros(turn.received[name].shape)
+            for name in names
+        }

@@ -1,0 +1,262 @@
+"""The doors of a turn: a term of the loss, a correction of the gradient, passes that only look."""
+
+import pytest
+import torch
+import worlds
+from test_costs import padded  # noqa: F401
+
+from fedlm.base.errors import FailedRun
+from fedlm.costs import prediction
+from fedlm.exchange import payload
+from fedlm.federation.loop import Batches
+from fedlm.federation.method import Method, Segment
+from fedlm.models.config import ModelConfig
+from methods.fedavg import FedAvg
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def ran(method, place, **options):
+    run = worlds.federation(method, place, **options)
+    run.run()
+    return run
+
+
+def final(run) -> str:
+    return payload.encode({name: run.server.tensors[name] for name in run.method.exchanged}).sha256()
+
+
+def predicted(run, place, model=None):
+    method = type(run.method)(run.method.config, run.method.clients, run.seed)
+    source = ModelConfig(source=str(worlds.folder("bert", str(place))), **(model or {}))
+    batches = Batches(run.data, torch.device("cpu"))
+    kind, labels = run.data.kind, run.data.num_labels
+    return prediction.predict(method, source, kind, labels, run.parts, batches, run.settings, run.training)
+
+
+def test_without_pull_and_without_controls_both_are_fedavg(place):
+    fedavg = ran("fedavg", place)
+    assert final(ran("fedprox", place, mu=0.0)) == final(fedavg)
+    assert final(ran("scaffold", place, corrected=False, weights="examples")) == final(fedavg)
+    assert final(ran("fedprox", place, mu=1.0)) != final(fedavg)
+    assert final(ran("scaffold", place)) != final(fedavg)
+
+
+def test_fedprox_holds_one_copy_of_what_is_trained_and_scaffold_two_controls(place):
+    """To the byte, where the peak is in the optimizer's step: one example a batch."""
+    options = {"training": {"batch_size": 1, "local_steps": 1}}
+    fedavg, fedprox, scaffold = (
+        ran(name, place, **options).instruments.memory["all"] for name in ("fedavg", "fedprox", "scaffold")
+    )
+    trained = fedavg.gradient
+    assert fedavg.method == 0 and trained > 0
+    assert fedprox.method == trained and fedprox.peak - fedavg.peak == trained
+    assert scaffold.method == 2 * trained and scaffold.peak - fedavg.peak == 2 * trained
+
+
+@pytest.mark.parametrize("name", ["fedprox", "scaffold"])
+def test_prediction_and_record_agree_on_what_the_method_holds(name, place, padded):  # noqa: F811
+    run = ran(name, place)
+    found = predicted(run, place)
+    assert found.memory["all"].method == run.instruments.memory["all"].method > 0
+    assert found.memory["all"].peak == pytest.approx(run.instruments.memory["all"].peak, rel=0.01)
+    assert (found.upload_bytes, found.download_bytes) == (run.ledger.upload, run.ledger.download)
+    assert found.flops == run.flops
+
+
+class Pulled(FedAvg):
+    """Adds half the squared parameters to the loss, or the same as a correction of the gradient."""
+
+    title = "Pulled"
+    door = "term"
+
+    def train(self, turn):
+        parameters = dict(turn.model.named_parameters())
+        for segment in self.segments(turn.client, turn.round, turn.steps):
+            if self.door == "term":
+                turn.fit(segment, term=lambda p: sum(v.float().square().sum() for v in p.values()) / 2)
+            else:
+                turn.fit(segment, correct=lambda name, g: g + parameters[name].detach().float())
+
+
+class Corrected(Pulled):
+    """The same by the other door."""
+
+    title = "Corrected"
+    door = "correction"
+
+
+SGD = {"optimizer": "sgd", "learning_rate": 1e-2, "local_steps": 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training": SGD},
+        {"training": {**SGD, "accumulation": 2, "batch_size": 4}},
+        {"training": {**SGD, "loss_scale": 1024.0}},
+        {
+            "training": {
+                **SGD,
+                "accumulation": 2,
+                "batch_size": 4,
+                "loss_scale": 64.0,
+                "largest_gradient_norm": 0.5,
+            }
+        },
+        {"training": {**SGD, "autocast": "bfloat16", "accumulation": 2, "batch_size": 4}},
+    ],
+    ids=str,
+)
+def test_both_doors_give_the_same_update_under_every_setting(options, place):
+    """A hook on the parameter would count twice with accumulation: 2 and ignore the loss scale."""
+    term, correction = ran(Pulled, place, rounds=1, **options), ran(Corrected, place, rounds=1, **options)
+    for name in term.method.exchanged:
+        moved = term.server.tensors[name] - term.server.initial[name]
+        other = correction.server.tensors[name] - correction.server.initial[name]
+        assert torch.allclose(moved, other, atol=2e-6, rtol=1e-3), name
+
+
+def test_both_doors_serve_half_precision_weights(place):
+    options = {"training": SGD, "model": {"weights": "bfloat16"}, "rounds": 1}
+    term, correction = ran(Pulled, place, **options), ran(Corrected, place, **options)
+    plain = ran("fedavg", place, **options)
+    for name in ("classifier.weight", "bert.encoder.layer.0.output.dense.weight"):
+        moved, other, without = (
+            (run.server.tensors[name] - run.server.initial[name]).norm() for run in (term, correction, plain)
+        )
+        assert moved == pytest.approx(float(other), rel=0.05)
+        assert abs(moved - without) > 0.05 * without
+
+
+def test_the_term_is_part_of_the_recorded_loss_once(place):
+    options = {"training": {**SGD, "learning_rate": 1e-8, "accumulation": 2, "batch_size": 4}, "rounds": 1}
+    with_term, plain = ran(Pulled, place, **options), ran("fedavg", place, **options)
+    expected = sum(float(v.square().sum()) for v in plain.server.initial.values()) / 2
+    found = with_term.rounds[0]["train_loss"] - plain.rounds[0]["train_loss"]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_scaffold_by_hand(place):
+    """Two rounds of one SGD step, every control and parameter worked out from the gradients."""
+    options = {"clients": 2, "training": {"optimizer": "sgd", "learning_rate": 0.1, "local_steps": 1}}
+    run = worlds.federation("scaffold", place, rounds=2, **options)
+    name, seen = "classifier.weight", []
+    merge = run.method.merge
+
+    def noted(server, uploads, round):
+        uploads = list(uploads)
+        seen.append([{n: v.clone() for n, v in upload.tensors.items()} for upload in uploads])
+        before = {n: v.clone() for n, v in {**server.tensors, **server.state}.items()}
+        merge(server, iter(uploads), round)
+        mean = sum(upload[name] for upload in seen[-1]) / 2
+        assert torch.allclose(server.tensors[name], mean, atol=1e-6)
+        change = sum(upload[f"{name}@control"] for upload in seen[-1]) / 2
+        control = f"{name}@control"
+        assert torch.allclose(server.state[control], before[control] + change, atol=1e-6)
+        for upload in seen[-1]:  # option II: with c = c_i = 0, the new control is the gradient itself
+            if round == 1:
+                gradient = (before[name] - upload[name]) / 0.1
+                assert torch.allclose(upload[control], gradient, atol=1e-5)
+        # In full participation the server's control is the mean of the clients'.
+        kept = [run.server.kept[client][control] for client in range(2)]
+        assert torch.allclose(server.state[control], sum(kept) / 2, atol=1e-5)
+
+    run.method.merge = noted
+    run.run()
+    assert len(seen) == 2
+
+
+class Looking(Method):
+    """Trains nothing by gradients: keeps of two random candidates the one with the lower loss."""
+
+    title = "Looking"
+    reference = "test"
+    name = "looking"
+
+    def segments(self, client, round, steps):
+        return [Segment("queries", [], steps, forward_only=True)]
+
+    def train(self, turn):
+        (segment,) = self.segments(turn.client, turn.round, turn.steps)
+        start = turn.copies(["classifier.weight"])
+        moved = {"classifier.weight": start["classifier.weight"] + 0.05}
+        losses = [turn.evaluate(segment, values) for values in (start, moved)]
+        turn.evaluate(segment, start if losses[0] <= losses[1] else moved)
+        turn.observed(min(losses))
+
+
+def test_passes_that_only_look_are_measured_counted_and_predicted(place, padded):  # noqa: F811
+    run, fedavg = ran(Looking, place), ran("fedavg", place)
+    memory, training = run.instruments.memory["queries"], fedavg.instruments.memory["all"]
+    assert memory.gradient == memory.optimizer == 0 and memory.peak < training.peak
+    # Three evaluations of forward passes against one of forward and backward, which is three forwards.
+    assert run.flops == pytest.approx(fedavg.flops, rel=0.2)
+    assert run.queries == 3 * sum(-(-len(part) // 8) for part in run.parts) * 2
+    assert [row["queries"] for row in run.rounds] == [run.queries // 2] * 2
+    found = predicted(run, place)
+    assert found.flops == run.flops
+    assert found.memory["queries"].peak == pytest.approx(memory.peak, rel=0.01)
+
+
+class Broken(FedAvg):
+    """A term or a correction with a fault."""
+
+    title = "Broken"
+    fault = ""
+
+    def train(self, turn):
+        for segment in self.segments(turn.client, turn.round, turn.steps):
+            if turn.client == 0:
+                turn.fit(segment)
+            elif self.fault == "term":
+                turn.fit(segment, term=lambda p: p["classifier.bias"].sum() * float("nan"))
+            else:
+                turn.fit(segment, correct=lambda name, gradient: gradient[:1])
+
+
+def test_fedprox_adds_the_gradient_of_its_term(place):
+    """The hand-written gradient mu (w - anchor) is the one that autograd finds."""
+    sgd = {"optimizer": "sgd", "learning_rate": 0.1, "local_steps": 2}
+    options = {"clients": 1, "rounds": 1, "scheme": {"scheme": "pooled"}, "training": sgd}
+
+    class Written(FedAvg):
+        """FedProx with its term left to autograd."""
+
+        title = "Written"
+
+        def train(self, turn):
+            anchor = turn.copies(self.exchanged)
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(
+                    segment, term=lambda p: 5 * sum((v - anchor[n]).square().sum() for n, v in p.items())
+                )
+
+    written, fedprox = ran(Written, place, **options), ran("fedprox", place, mu=10.0, **options)
+    plain = ran("fedavg", place, **options)
+    for name in ("classifier.weight", "bert.encoder.layer.0.output.dense.weight"):
+        one, other = written.server.tensors[name], fedprox.server.tensors[name]
+        assert torch.allclose(one, other, atol=1e-6) and not torch.allclose(one, plain.server.tensors[name])
+    assert written.rounds[0]["train_loss"] == pytest.approx(fedprox.rounds[0]["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("term", "the loss is nan"), ("shape", "has shape (1, 16); allowed: (256, 16)")]
+)
+def test_a_fault_names_method_round_and_client(fault, said, place):
+    run = worlds.federation(Broken, place)
+    run.method.fault = fault
+    with pytest.raises(FailedRun, match=r"round 1, client 1: ") as error:
+        run.run()
+    assert said in str(error.value)
+
+
+def test_a_method_whose_training_leaves_out_a_segment_is_told(place):
+    class Forgetful(FedAvg):
+        title = "Forgetful"
+
+        def train(self, turn):
+            pass
+
+    with pytest.raises(FailedRun, match=r"segments\(\) lists 'all', but train\(\) never fits it"):
+        worlds.federation(Forgetful, place).run()
