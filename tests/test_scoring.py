@@ -62,7 +62,7 @@ def test_batches_have_as_many_tokens_as_the_first_at_most(kind):
         for batch in batches:
             tokens = data.batch(batch)["input_ids"].numel()
             assert len(batch) == 1 or tokens <= batch_size * data.batch_length(ordered[:1])
-    if kind != "question_answering":
+    if kind in ("classification", "regression"):  # whose lengths differ enough
         assert len(list(_batches(data, ordered, 3))) < len(data) / 3
     assert len(list(_batches(data, ordered, 10**6))) == 1
 
