@@ -14,6 +14,7 @@ from fedlm.base.files import local_path
 from fedlm.data.task import METRICS, Corpus, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
+CHUNK = 100_000  # rows of a csv file in memory at once, with all of their columns
 SMALL_FILE = 32 << 20  # bytes; larger ones are not read before they are prepared
 TEXTS = {
     "classification": (1, 2),
@@ -82,11 +83,15 @@ class Files(Task):
     def files(self) -> list[Path]:
         return list(self.paths().values())
 
+    def _columns(self) -> list[str]:
+        """Return the columns that are read, each once."""
+        group = [self.config.group] if self.config.group else []
+        return list(dict.fromkeys([*self.config.text, self.config.label, *group]))
+
     def check(self) -> None:
-        wanted = [*self.config.text, self.config.label, *([self.config.group] if self.config.group else [])]
         for split, path in self.paths().items():
-            columns = list(_read(path, split, head=True).columns)
-            for column in wanted:
+            columns = list(_read(path, split).columns)
+            for column in self._columns():
                 if column not in columns:
                     found = ", ".join(map(str, columns[:20]))
                     raise UserError(f"{split}: {path}: there is no column {column!r}; it has: {found}")
@@ -97,22 +102,22 @@ class Files(Task):
             return super().count_labels()
         if path.stat().st_size > SMALL_FILE:
             return None
-        return _read(path, "train")[self.config.label].map(str).nunique()
+        return _read(path, "train", [self.config.label])[self.config.label].map(str).nunique()
 
     def rows(self) -> Corpus:
         self.check()
         parts = {split: self._part(split, path) for split, path in self.paths().items()}
         label_names = self._classes(parts) if self.kind == "classification" else []
-        rows = pandas.concat(parts.values(), ignore_index=True)
+        rows = pandas.concat(parts.values(), ignore_index=True) if len(parts) > 1 else parts["train"]
         group_names = []
         if self.config.group:
-            group_names = sorted(set(rows["group"]))
+            group_names = sorted(rows["group"].unique())
             rows["group"] = rows["group"].map({name: index for index, name in enumerate(group_names)})
         return Corpus(rows, label_names, group_names)
 
     def _part(self, split: str, path: Path) -> pandas.DataFrame:
         """Return one file's rows as a Corpus has them, but with the words for label and group."""
-        table, config = _read(path, split), self.config
+        table, config = _read(path, split, self._columns()), self.config
         place = f"{split}: {path}"
         texts = [_texts(table[column], place, column) for column in config.text]
         # A split that has a file of its own is official; the rest is drawn from the training file.
@@ -121,21 +126,21 @@ class Files(Task):
             for name, text in zip(("text", "text_pair"), texts, strict=False):
                 rows[name] = text
             values = _filled(table[config.label], place, config.label)
-            rows["label"] = values.map(str) if self.kind == "classification" else _numbers(values, place)
+            rows["label"] = _words(values) if self.kind == "classification" else _numbers(values, place)
         elif self.kind == "causal":
-            rows["prompt"] = ["\n".join(row) for row in zip(*texts, strict=True)]
+            rows["prompt"] = ["\n".join(row) for row in zip(*texts, strict=True)] if texts[1:] else texts[0]
             rows["target"] = _texts(table[config.label], place, config.label)
         else:
             rows["question"], rows["context"] = texts
             answers = _answers(_filled(table[config.label], place, config.label), rows["context"], place)
             rows["answers"], rows["answer_start"] = answers
         if config.group:
-            rows["group"] = _filled(table[config.group], place, config.group).map(str)
+            rows["group"] = _filled(table[config.group], place, config.group).pipe(_words)
         return rows
 
     def _classes(self, parts: dict[str, pandas.DataFrame]) -> list[str]:
         """Return the classes of the training file, and turn every file's labels into indices of them."""
-        names = sorted(set(parts["train"]["label"]), key=_numbers_first)
+        names = sorted(parts["train"]["label"].unique(), key=_numbers_first)
         if len(names) > LARGEST_CLASSES:
             raise UserError(
                 f"label: {self.config.label!r} has {len(names)} different values in {self.paths()['train']}; "
@@ -158,15 +163,15 @@ def _numbers_first(name: str) -> tuple:
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
 
 
-def _read(path: Path, split: str, head: bool = False) -> pandas.DataFrame:
-    """Return a file as a table, or its first row at least; rows are numbered from 0."""
+def _read(path: Path, split: str, columns: list[str] | None = None) -> pandas.DataFrame:
+    """Return these columns of a file, rows numbered from 0; without columns all of its first row."""
     readers = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
     if path.suffix not in readers:
         raise UserError(f"{split}: {path}; allowed: a file that ends in .csv, .parquet or .jsonl")
     if not path.is_file():
         raise UserError(f"{split}: {path}: there is no such file")
     try:
-        table = readers[path.suffix](path, head)
+        table = readers[path.suffix](path, columns)
     except UnicodeDecodeError as error:
         raise UserError(f"{split}: {path}: it is not in UTF-8: {error}") from None
     except (OSError, ValueError, RecursionError, Warning, pyarrow.ArrowException) as error:
@@ -177,29 +182,32 @@ def _read(path: Path, split: str, head: bool = False) -> pandas.DataFrame:
     return table
 
 
-def _read_csv(path: Path, head: bool) -> pandas.DataFrame:
+def _read_csv(path: Path, columns: list[str] | None) -> pandas.DataFrame:
     with warnings.catch_warnings():
         # Else rows with one value too many lose it, or shift.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
-        return pandas.read_csv(
+        with pandas.read_csv(
             path,
             dtype=str,
             keep_default_na=False,
             na_values=[],
             index_col=False,
             encoding="utf-8-sig",
-            nrows=1 if head else None,
-        )
+            nrows=1 if columns is None else None,
+            chunksize=CHUNK,  # Of a chunk at a time only the columns that are used are kept.
+        ) as chunks:
+            tables = [chunk if columns is None else chunk[columns] for chunk in chunks]
+    return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame()
 
 
-def _read_parquet(path: Path, head: bool) -> pandas.DataFrame:
+def _read_parquet(path: Path, columns: list[str] | None) -> pandas.DataFrame:
     with pyarrow.parquet.ParquetFile(path) as file:
-        if head:
+        if columns is None:
             return next(file.iter_batches(1)).to_pandas() if file.metadata.num_rows else pandas.DataFrame()
-        return file.read().to_pandas()
+        return file.read(columns).to_pandas()
 
 
-def _read_jsonl(path: Path, head: bool) -> pandas.DataFrame:
+def _read_jsonl(path: Path, columns: list[str] | None) -> pandas.DataFrame:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
@@ -212,7 +220,7 @@ def _read_jsonl(path: Path, head: bool) -> pandas.DataFrame:
             if not isinstance(row, dict):
                 raise ValueError(f"line {number}: not an object with a value for each column")
             rows.append(row)
-            if head:
+            if columns is None:
                 break
     return pandas.DataFrame(rows, dtype=object)
 
@@ -223,7 +231,7 @@ def _is_missing(value) -> bool:
 
 def _filled(column: pandas.Series, place: str, name: str) -> pandas.Series:
     """Return a column none of whose values is missing."""
-    missing = column.map(_is_missing)
+    missing = column.isna() | (column == "") if column.dtype == "str" else column.map(_is_missing)
     if missing.any():
         raise UserError(
             f"{place}: column {name!r}, row {int(missing.argmax()) + 1}: the value is missing "
@@ -232,8 +240,14 @@ def _filled(column: pandas.Series, place: str, name: str) -> pandas.Series:
     return column
 
 
-def _texts(column: pandas.Series, place: str, name: str) -> list[str]:
+def _words(column: pandas.Series) -> pandas.Series:
+    return column if column.dtype == "str" else column.map(str)
+
+
+def _texts(column: pandas.Series, place: str, name: str) -> pandas.Series | list[str]:
     """Return a column as texts; numbers are written out, what is missing is the empty text."""
+    if column.dtype == "str":
+        return column.fillna("")
     texts = []
     for row, value in enumerate(column, start=1):
         if not pandas.api.types.is_scalar(value):

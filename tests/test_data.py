@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.data import prepared
+from fedlm.data.pool import cut
 from fedlm.data.prepared import Prepared
 from fedlm.data.task import Corpus, Task, Windows
 from fedlm.data.tokenising import prepare, tokenise
@@ -291,7 +292,7 @@ def test_a_target_without_a_prompt_is_predicted_from_the_end_of_a_text():
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(8, 24))
 @settings(max_examples=40, deadline=None)
 def test_a_long_example_keeps_targets_and_the_end_of_its_prompt(prompt, target, length):
-    before, after = prepared._room(prompt, target, length)
+    before, after = prepared.room(prompt, target, length)
     assert 1 <= before <= prompt and 1 <= after <= target and before + after <= length
     if prompt + target <= length:
         assert (before, after) == (prompt, target)
@@ -511,3 +512,70 @@ def test_batches_are_quick():
     for _ in range(100):
         prepared.batch(indices)
     assert (time.perf_counter() - start) / 100 < 0.002
+
+
+# ------------------------------------------------------------------------------------------------ pool
+
+
+def test_small_data_are_prepared_as_ever():
+    """The hash is that of the version before the pool: records made of small data stay valid."""
+    found = made(classified(train_examples=2, validation_examples=1, test_examples=1))
+    assert "training_rows" not in found.description
+    assert made(classified()).sha256 == "14eb5484e9a0103711bc21b39bb92a583a0f6b4e99e4264b2846cb3c3ee634c1"
+
+
+def many(count=40_000, **config):
+    """Return a task of many rows; one in ten has label 1, and label 1 is mostly in group 1."""
+    rows = [
+        {"text": f"film {i}", "label": int(i % 10 == 0), "group": int(i % 10 == 0 and i % 3 > 0)}
+        for i in range(count)
+    ]
+    return Rows(rows, group_names=["here", "there"], **config)
+
+
+CAPS = {"train_examples": 300, "validation_examples": 100, "test_examples": 150}
+
+
+def test_of_many_rows_a_pool_is_kept_that_does_not_depend_on_the_seed():
+    task = many(**CAPS)
+    corpus = cut(task.load(), task)
+    assert len(corpus.rows) == 20 * (300 + 100 + 150)
+    assert corpus.dropped["beyond the pool"] == 40_000 - 11_000
+    numbers = [int(text.split()[1]) for text in corpus.rows["text"]]
+    assert numbers == sorted(numbers)
+    for column in ("label", "group"):
+        share = task.given.rows[column].mean()
+        assert corpus.rows[column].mean() == pytest.approx(share, abs=1e-3)
+    again = cut(task.load(), task).rows
+    assert corpus.rows.equals(again)
+    prepared = made_of(task, corpus)
+    one, other = prepared.split(1), prepared.split(2)
+    assert [len(part) for part in one] == [300, 100, 150]
+    assert len(numpy.intersect1d(one.train, other.train)) < 30
+    assert prepared.description["training_rows"] == 40_000
+
+
+def test_a_split_without_a_cap_keeps_the_size_that_its_share_says():
+    task = many(train_examples=300, test_share=0.05, validation_share=0.1)
+    corpus = cut(task.load(), task)
+    assert len(corpus.rows) == 20 * 300 + 4000 + 2000
+    split = made_of(task, corpus).split(1)
+    assert [len(part) for part in split] == [300, 4000, 2000]
+
+
+@pytest.mark.parametrize("config", [{}, {"test_examples": 10}, {"train_examples": 3000, "test_examples": 1}])
+def test_what_is_used_or_nearly_is_not_cut(config):
+    task = many(12_000, **config)
+    corpus = task.load()
+    assert cut(corpus, task) is corpus
+
+
+def test_official_splits_are_cut_by_themselves():
+    task = many(30_000, train_examples=10, test_examples=10)
+    task.given.rows["split"] = ["train"] * 14_000 + ["validation"] * 4_000 + ["test"] * 12_000
+    rows = cut(task.load(), task).rows
+    assert rows["split"].value_counts().to_dict() == {"train": 10_000, "test": 10_000, "validation": 4_000}
+
+
+def made_of(task, corpus):
+    return tokenise(task, corpus, tiny.tokenizer([" ".join(WORDS)], "bert"))

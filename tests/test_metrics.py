@@ -10,7 +10,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlm.data import metrics
+from fedlm.data import evaluate_metrics, metrics
 
 classes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=40)
 binary = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40)
@@ -90,12 +90,31 @@ def test_exact_match_of_targets_wants_every_token():
     assert metrics.compute("causal", "exact_match", [3, 2, 0], [3, 3, 1]) == pytest.approx(1 / 3)
 
 
-def test_metrics_are_evaluate_metrics_of_our_own():
-    for kind in ("classification", "regression", "causal", "question_answering"):
-        for name in metrics.names(kind):
-            metric = metrics._BY_KIND[kind][name]()
-            assert isinstance(metric, evaluate.Metric)
-            assert metric.description
+EXAMPLES = {
+    "class": [0, 1, 1, 2, 0],
+    "count": [3, 1, 2, 2, 4],
+    "number": [0.25, -1.5, 3.0, 2.0, 7.125],
+    "text": ["the film", "good", "", "in 1066", "no"],
+    "texts": [["film"], ["bad", "good one"], [], ["1066"], ["yes"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in metrics.METRICS for name in metrics.names(kind)]
+)
+def test_metrics_are_evaluate_metrics_of_the_same_value(kind, name):
+    metric = evaluate_metrics.load(kind, name)
+    assert isinstance(metric, evaluate.Metric)
+    assert metric.description
+    ours = metrics.METRICS[kind][name]
+    predictions, references = EXAMPLES[ours.predictions][::-1], EXAMPLES[ours.references]
+    if name == "f1" and kind == "classification":  # of two classes
+        predictions, references = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
+    value = metrics.compute(kind, name, predictions, references)
+    assert metric.compute(predictions=predictions, references=references) == {name: value}
+
+
+def test_which_metrics_are_better_when_greater():
     assert metrics.greater_is_better("classification", "accuracy")
     assert not metrics.greater_is_better("causal", "perplexity")
     assert not metrics.greater_is_better("causal", "loss")

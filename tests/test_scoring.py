@@ -11,7 +11,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_data import DOCUMENT, WORDS, Rows, answering, sentences
 
 from fedlm.data.tokenising import tokenise
-from fedlm.federation.scoring import score
+from fedlm.federation.scoring import _batches, score
 from fedlm.models import loading
 
 KINDS = ["classification", "regression", "causal", "question_answering"]
@@ -50,6 +50,21 @@ def test_the_result_does_not_depend_on_batches_or_order(kind, load):
     assert set(expected) == {"loss", *data.metrics}
     for batch_size in (1, 5):
         assert score(model, data, everything[::-1], batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_have_as_many_tokens_as_the_first_at_most(kind):
+    data = prepared(kind)
+    ordered = numpy.argsort(-data.lengths, kind="stable")
+    for batch_size in (1, 3, 8, len(data)):
+        batches = list(_batches(data, ordered, batch_size))
+        assert numpy.array_equal(numpy.concatenate(batches), ordered)
+        for batch in batches:
+            tokens = data.batch(batch)["input_ids"].numel()
+            assert len(batch) == 1 or tokens <= batch_size * data.batch_length(ordered[:1])
+    if kind in ("classification", "regression"):  # whose lengths differ enough
+        assert len(list(_batches(data, ordered, 3))) < len(data) / 3
+    assert len(list(_batches(data, ordered, 10**6))) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +189,7 @@ def test_the_best_span_is_the_one_that_trying_all_gives(load):
     right = [text == "bad0" for text in texts]
     from fedlm.federation.scoring import _predict_answer
 
-    assert _predict_answer(outputs, batch, data, everything)[0] == texts
+    assert _predict_answer(outputs, batch, data, everything, None)[0] == texts
     assert score(model, data, everything, 4)["exact_match"] == pytest.approx(numpy.mean(right))
 
 

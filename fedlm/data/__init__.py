@@ -1,5 +1,5 @@
 """Data: what a task is, tokenising it, prepared examples, partitions, metrics, data sets from the hub.
 
-For others: `task`, `tokenising`, `prepared`, `schemes` (settings of partitions), `division`, `partition`,
-`metrics`, `hub`.
+For others: `task`, `tokenising`, `pool`, `prepared`, `schemes` (settings of partitions), `division`,
+`partition`, `metrics`, `evaluate_metrics`, `hub`.
 """

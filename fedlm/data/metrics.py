@@ -1,146 +1,119 @@
-"""The metrics, as `evaluate.Metric` classes of our own: none is loaded from a hub.
+"""The metrics: what a number is, by the kind of task and the metric's name.
 
 All scores are shares or correlations, from 0 to 1 or -1 to 1, except perplexity. SQuAD's official script
-and most papers print them times 100.
+and most papers print them times 100. `fedlm.data.evaluate_metrics` has each as a class of Hugging Face's
+library `evaluate`; a run computes them here, since importing that library takes seconds.
 """
+
+from __future__ import annotations
 
 import math
 import re
 import string
 from collections import Counter
-
-import datasets
-import evaluate
-import numpy
-import scipy.stats
-import sklearn.metrics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 
-class _Metric(evaluate.Metric):
-    """A metric without a cache file, so that many processes can compute at once."""
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
 
-    inputs: dict
+    Attributes:
+        description: one sentence, what the number is.
+        value: gives it, of predictions and references, one each an example.
+        predictions: what one prediction is.
+        references: what one reference is; `texts` are the right answers, none where there is no answer.
+        greater_is_better: whether a greater value is a better one.
+    """
+
     description: str
-    greater_is_better = True
-
-    def __init__(self):
-        super().__init__(keep_in_memory=True)
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=self.description, citation="", features=datasets.Features(self.inputs)
-        )
-
-    def _compute(self, predictions, references):
-        return {self.name: float(self.value(predictions, references))}
+    value: Callable[[Sequence[Any], Sequence[Any]], float]
+    predictions: Literal["class", "count", "number", "text"]
+    references: Literal["class", "count", "number", "texts"]
+    greater_is_better: bool = True
 
 
-class _OfClasses(_Metric):
-    inputs = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+# scikit-learn and scipy are imported where they are used: most of what asks here asks for names only.
 
 
-class Accuracy(_OfClasses):
-    description = "Share of examples whose predicted class is right."
+def _accuracy(predictions, references):
+    from sklearn.metrics import accuracy_score
 
-    def value(self, predictions, references):
-        return sklearn.metrics.accuracy_score(references, predictions)
-
-
-class MacroF1(_OfClasses):
-    description = "F1 of each class that occurs in predictions or references, unweighted mean."
-
-    def value(self, predictions, references):
-        return sklearn.metrics.f1_score(references, predictions, average="macro", zero_division=0)
+    return accuracy_score(references, predictions)
 
 
-class F1(_OfClasses):
-    description = "F1 of class 1 of two (GLUE: MRPC, QQP)."
+def _macro_f1(predictions, references):
+    from sklearn.metrics import f1_score
 
-    def value(self, predictions, references):
-        return sklearn.metrics.f1_score(references, predictions, zero_division=0)
-
-
-class Matthews(_OfClasses):
-    description = "Matthews correlation coefficient (GLUE: CoLA); 0 where it is undefined."
-
-    def value(self, predictions, references):
-        return sklearn.metrics.matthews_corrcoef(references, predictions)
+    return f1_score(references, predictions, average="macro", zero_division=0)
 
 
-class _OfNumbers(_Metric):
-    inputs = {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+def _f1(predictions, references):
+    from sklearn.metrics import f1_score
 
-    def value(self, predictions, references):
-        # A model that says the same number for all has no correlation: 0, not "not a number".
-        if len(predictions) < 2 or numpy.ptp(predictions) == 0 or numpy.ptp(references) == 0:
-            return 0.0
-        return numpy.nan_to_num(self.correlation(predictions, references))
+    return f1_score(references, predictions, zero_division=0)
 
 
-class Pearson(_OfNumbers):
-    description = "Pearson correlation (GLUE: STS-B); 0 where it is undefined."
+def _matthews(predictions, references):
+    from sklearn.metrics import matthews_corrcoef
 
-    def correlation(self, predictions, references):
-        return scipy.stats.pearsonr(predictions, references).statistic
-
-
-class Spearman(_OfNumbers):
-    description = "Spearman rank correlation (GLUE: STS-B); 0 where it is undefined."
-
-    def correlation(self, predictions, references):
-        return scipy.stats.spearmanr(predictions, references).statistic
+    return matthews_corrcoef(references, predictions)
 
 
-class Perplexity(_Metric):
-    """Predictions: summed negative log-likelihood of an example's target tokens; references: their number."""
+def _pearson(predictions, references):
+    from scipy.stats import pearsonr
 
-    description = "exp of the mean negative log-likelihood of all target tokens."
-    inputs = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
-    greater_is_better = False
-
-    def value(self, predictions, references):
-        # A diverged model has a loss beyond the range of exp; a large finite number says so as well.
-        return math.exp(min(math.fsum(predictions) / sum(references), 700.0))
+    return _correlation(pearsonr, predictions, references)
 
 
-class TargetExactMatch(_OfClasses):
-    """Predictions: target tokens of an example that are the arg max; references: its target tokens."""
+def _spearman(predictions, references):
+    from scipy.stats import spearmanr
 
-    description = "Share of examples whose every target token is the arg max, given the tokens before it."
-
-    def value(self, predictions, references):
-        return numpy.mean(numpy.equal(predictions, references))
+    return _correlation(spearmanr, predictions, references)
 
 
-class _OfAnswers(_Metric):
-    """Predictions: one text each; references: the list of right answers (empty list: there is none)."""
+def _correlation(function, predictions, references):
+    import numpy
 
-    inputs = {"predictions": datasets.Value("string"), "references": [datasets.Value("string")]}
+    # A model that says the same number for all has no correlation: 0, not "not a number".
+    if len(predictions) < 2 or numpy.ptp(predictions) == 0 or numpy.ptp(references) == 0:
+        return 0.0
+    return numpy.nan_to_num(function(predictions, references).statistic)
 
-    def value(self, predictions, references):
+
+def _perplexity(predictions, references):
+    # A diverged model has a loss beyond the range of exp; a large finite number says so as well.
+    return math.exp(min(math.fsum(predictions) / sum(references), 700.0))
+
+
+def _all_right(predictions, references):
+    equal = [prediction == reference for prediction, reference in zip(predictions, references, strict=True)]
+    return sum(equal) / len(equal)
+
+
+def _best_of_answers(match):
+    def value(predictions, references):
         best = [
-            max(self.match(prediction, answer) for answer in answers or [""])
+            max(match(prediction, answer) for answer in answers or [""])
             for prediction, answers in zip(predictions, references, strict=True)
         ]
         return math.fsum(best) / len(best)
 
-
-class AnswerExactMatch(_OfAnswers):
-    description = "SQuAD's EM: share of answers equal to a right one after `normalise`."
-
-    def match(self, prediction, answer):
-        return float(normalise(prediction) == normalise(answer))
+    return value
 
 
-class AnswerF1(_OfAnswers):
-    description = "SQuAD's F1: of the words shared with the best of the right answers, mean over examples."
+def _same_answer(prediction: str, answer: str) -> float:
+    return float(normalise(prediction) == normalise(answer))
 
-    def match(self, prediction, answer):
-        predicted, right = normalise(prediction).split(), normalise(answer).split()
-        if not predicted or not right:
-            return float(predicted == right)
-        shared = (Counter(predicted) & Counter(right)).total()
-        return 2 * shared / (len(predicted) + len(right))
+
+def _shared_words(prediction: str, answer: str) -> float:
+    predicted, right = normalise(prediction).split(), normalise(answer).split()
+    if not predicted or not right:
+        return float(predicted == right)
+    shared = (Counter(predicted) & Counter(right)).total()
+    return 2 * shared / (len(predicted) + len(right))
 
 
 def normalise(answer: str) -> str:
@@ -149,25 +122,75 @@ def normalise(answer: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-_BY_KIND = {
-    "classification": {"accuracy": Accuracy, "macro_f1": MacroF1, "f1": F1, "matthews": Matthews},
-    "regression": {"pearson": Pearson, "spearman": Spearman},
-    "causal": {"perplexity": Perplexity, "exact_match": TargetExactMatch},
-    "question_answering": {"f1": AnswerF1, "exact_match": AnswerExactMatch},
+METRICS: dict[str, dict[str, Metric]] = {
+    "classification": {
+        "accuracy": Metric("Share of examples whose predicted class is right.", _accuracy, "class", "class"),
+        "macro_f1": Metric(
+            "F1 of each class that occurs in predictions or references, unweighted mean.",
+            _macro_f1,
+            "class",
+            "class",
+        ),
+        "f1": Metric("F1 of class 1 of two (GLUE: MRPC, QQP).", _f1, "class", "class"),
+        "matthews": Metric(
+            "Matthews correlation coefficient (GLUE: CoLA); 0 where it is undefined.",
+            _matthews,
+            "class",
+            "class",
+        ),
+    },
+    "regression": {
+        "pearson": Metric(
+            "Pearson correlation (GLUE: STS-B); 0 where it is undefined.", _pearson, "number", "number"
+        ),
+        "spearman": Metric(
+            "Spearman rank correlation (GLUE: STS-B); 0 where it is undefined.", _spearman, "number", "number"
+        ),
+    },
+    "causal": {
+        # Predictions: summed negative log-likelihood of an example's target tokens; references: their number.
+        "perplexity": Metric(
+            "exp of the mean negative log-likelihood of all target tokens.",
+            _perplexity,
+            "number",
+            "count",
+            greater_is_better=False,
+        ),
+        # Predictions: target tokens of an example that are the arg max; references: its target tokens.
+        "exact_match": Metric(
+            "Share of examples whose every target token is the arg max, given the tokens before it.",
+            _all_right,
+            "count",
+            "count",
+        ),
+    },
+    "question_answering": {
+        "f1": Metric(
+            "SQuAD's F1: of the words shared with the best of the right answers, mean over examples.",
+            _best_of_answers(_shared_words),
+            "text",
+            "texts",
+        ),
+        "exact_match": Metric(
+            "SQuAD's EM: share of answers equal to a right one after `normalise`.",
+            _best_of_answers(_same_answer),
+            "text",
+            "texts",
+        ),
+    },
 }
 
 
 def names(kind: str) -> list[str]:
     """Return the metrics that tasks of a kind may name, besides "loss"."""
-    return list(_BY_KIND[kind])
+    return list(METRICS[kind])
 
 
 def greater_is_better(kind: str, name: str) -> bool:
     """Return whether a greater value of the metric is a better one."""
-    return name != "loss" and _BY_KIND[kind][name].greater_is_better
+    return name != "loss" and METRICS[kind][name].greater_is_better
 
 
-def compute(kind: str, name: str, predictions, references) -> float:
-    """Return a metric's value; what `predictions` and `references` hold is said by its class."""
-    metric = _BY_KIND[kind][name]()
-    return metric.compute(predictions=predictions, references=references)[metric.name]
+def compute(kind: str, name: str, predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    """Return a metric's value; its `Metric` says what `predictions` and `references` hold."""
+    return float(METRICS[kind][name].value(predictions, references))

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy
 from pydantic import Field, ValidationError
-from scipy.special import rel_entr
 
 from fedlm.base.errors import UserError
 from fedlm.base.files import sha256, write_atomically
@@ -42,6 +41,8 @@ def skew(
         smallest_client, median_client, largest_client: numbers of examples.
         labels_per_client: mean number of different labels that a client holds.
     """
+    from scipy.special import rel_entr  # Here, since every job reads partitions and few measure one.
+
     labels = numpy.asarray(labels)
     if num_labels is None:
         num_labels = max(int(labels[part].max()) + 1 for part in parts if len(part))

@@ -48,6 +48,31 @@ def room(prompt: int, target: int, length: int) -> tuple[int, int]:
     return min(prompt, length - after), after
 
 
+def drawn_count(share: float, cap: int | None, available: int) -> int:
+    """Return how many of `available` training examples become a split that has no rows of its own."""
+    count = round(share * available)
+    return max(1, min(count, cap or count))
+
+
+def draw(
+    pool: numpy.ndarray, strata: numpy.ndarray, count: int, random: numpy.random.Generator
+) -> numpy.ndarray:
+    """Return `count` of the pool's numbers, sorted, each stratum its share.
+
+    They are evenly spaced in the pool, shuffled and sorted by stratum; `strata` (pool,) are integers.
+    """
+    shuffled = random.permutation(len(pool))
+    ordered = pool[shuffled[numpy.argsort(strata[shuffled], kind="stable")]]
+    count = min(count, len(pool))
+    return numpy.sort(ordered[((numpy.arange(count) + 0.5) * len(pool) / max(count, 1)).astype(int)])
+
+
+def deciles(values: numpy.ndarray) -> numpy.ndarray:
+    """Return the decile of each number, int64, which stands for a label where examples are divided."""
+    edges = numpy.quantile(values, numpy.linspace(0, 1, REGRESSION_BINS + 1)[1:-1])
+    return numpy.searchsorted(edges, values, side="right").astype(numpy.int64)
+
+
 def content_hash(columns: dict, description: dict) -> str:
     """Return the SHA-256 of what the examples are and how they are split, whatever wrote the file."""
     digest = hashlib.sha256()
@@ -151,9 +176,7 @@ class Prepared:
         if self.kind == "classification":
             return self.columns["label"]
         if self.kind == "regression":
-            values = self.columns["label"]
-            edges = numpy.quantile(values, numpy.linspace(0, 1, REGRESSION_BINS + 1)[1:-1])
-            return numpy.searchsorted(edges, values, side="right").astype(numpy.int64)
+            return deciles(self.columns["label"])
         return numpy.zeros(len(self), numpy.int64)
 
     @property
@@ -185,12 +208,12 @@ class Prepared:
         random = numpy_stream(seed, "split")
         split = self.columns["split"]
         parts = {"train": numpy.flatnonzero(split <= 1), "validation": split == 2, "test": split == 3}
-        available = len(parts["train"])
+        # Shares are of all training rows that there were, also where few of them were tokenised.
+        available = self.description.get("training_rows", len(parts["train"]))
         for name in ("test", "validation"):
             parts[name] = numpy.flatnonzero(parts[name])
             if not len(parts[name]):
-                count = round(self.shares[name] * available)
-                count = max(1, min(count, self.caps[name] or count))
+                count = drawn_count(self.shares[name], self.caps[name], available)
                 parts[name] = self._draw(parts["train"], count, random)
                 parts["train"] = numpy.setdiff1d(parts["train"], parts[name])
         for name, part in parts.items():
@@ -202,10 +225,7 @@ class Prepared:
 
     def _draw(self, pool: numpy.ndarray, count: int, random: numpy.random.Generator) -> numpy.ndarray:
         """Draw examples, each label its share: evenly spaced in the pool, shuffled and sorted by label."""
-        shuffled = random.permutation(pool)
-        ordered = shuffled[numpy.argsort(self.labels[shuffled], kind="stable")]
-        count = min(count, len(pool))
-        return numpy.sort(ordered[((numpy.arange(count) + 0.5) * len(pool) / max(count, 1)).astype(int)])
+        return draw(pool, self.labels[pool], count, random)
 
     def batch_length(self, indices: numpy.ndarray) -> int:
         """Return the tokens to which `batch` pads: the longest, rounded up to 8, at most `max_length`."""

@@ -71,12 +71,15 @@ class Corpus:
         label_names: the words for the classes, empty unless classification.
         group_names: the names of the natural client populations, empty where there are none.
         dropped: how many rows were dropped, by reason.
+        training_rows: how many training rows there were before the pool was cut (see `fedlm.data.pool`),
+            None where all are here.
     """
 
     rows: pandas.DataFrame
     label_names: list[str] = field(default_factory=list)
     group_names: list[str] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
+    training_rows: int | None = None
 
 
 class Task:
@@ -161,9 +164,12 @@ def unusable(rows: pandas.DataFrame, kind: Kind) -> tuple[pandas.Series, pandas.
     stays.
     """
     inputs = rows[[column for column in INPUTS[kind] if column in rows]]
-    # Sorted so that the rows that stay come first; a stable sort keeps the order among equals.
-    order = rows["split"].map({"test": 0, "validation": 1}).fillna(2).sort_values(kind="stable").index
     official = rows["split"].isin(["test", "validation"])
-    repeated = inputs.loc[order].duplicated().reindex(rows.index)
+    if official.any():
+        # Sorted so that the rows that stay come first; a stable sort keeps the order among equals.
+        order = rows["split"].map({"test": 0, "validation": 1}).fillna(2).sort_values(kind="stable").index
+        repeated = inputs.loc[order].duplicated().reindex(rows.index)
+    else:
+        repeated = inputs.duplicated()
     empty = inputs.apply(lambda column: column.str.strip() == "").all(axis=1)
     return repeated & ~official, empty & ~official

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy
 import pyarrow
+from tqdm import tqdm
 
 from fedlm.base.errors import UserError
 from fedlm.data import metrics
+from fedlm.data.pool import cut
 from fedlm.data.prepared import FORMAT, SPLITS, Prepared, content_hash, room
 from fedlm.data.task import Corpus, Task
-from fedlm.models import loading
 from fedlm.models.config import ModelConfig
 
 # Texts are cut to so many characters per token of `max_length` before they are tokenised, so that one huge
 # text costs no more than a long one. Running text has about 4.
 CHARACTERS_PER_TOKEN = 64
-
 
 CHUNK = 1000
 
@@ -33,6 +33,11 @@ def prepare(task: Task, model: ModelConfig, destination: Path) -> "Prepared":
         UserError: the data are bad, or `max_length` exceeds the model's positions.
     """
     task.check()
+    # The rows come first: where there are a million, most of them are let go before PyTorch takes its memory.
+    corpus = cut(task.load(), task)
+    pyarrow.default_memory_pool().release_unused()
+    from fedlm.models import loading
+
     limit = loading.max_positions(model)
     if limit is not None and task.config.max_length > limit:
         raise UserError(
@@ -45,20 +50,28 @@ def prepare(task: Task, model: ModelConfig, destination: Path) -> "Prepared":
             f"task {task.name}: the tokenizer of model {model.source} does not say where in the text its "
             "tokens are; allowed: a model with a fast tokenizer (tokenizer.json)"
         )
-    prepared = tokenise(task, task.load(), tokenizer)
+    prepared = tokenise(task, corpus, tokenizer)
     prepared.split(seed=0)  # Raises if there are too few examples.
     prepared.save(Path(destination))
     return prepared
 
 
 def tokenise(task: Task, corpus: Corpus, tokenizer) -> "Prepared":
-    """Return a task's corpus as token ids of `tokenizer` (a fast tokenizer of Transformers)."""
+    """Return a task's corpus as token ids of `tokenizer` (a fast tokenizer of Transformers).
+
+    A bar shows the progress where standard error is a terminal.
+    """
     rows, config = corpus.rows, task.config
     leading, trailing = _special_tokens(tokenizer)
     encode = {"causal": _causal_windows, "question_answering": _answer_windows}.get(task.kind, _text_windows)
     # In chunks, since Python's lists of numbers take ten times the memory of arrays.
     chunks = [rows.iloc[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
-    parts = [encode(chunk, tokenizer, config, leading) for chunk in chunks]
+    parts = []
+    # Without a terminal (`disable=None`) there is no bar.
+    with tqdm(total=len(rows), desc=f"tokenising {task.name}", unit=" rows", disable=None) as bar:
+        for chunk in chunks:
+            parts.append(encode(chunk, tokenizer, config, leading))
+            bar.update(len(chunk))
     columns = {name: numpy.concatenate([part[name] for part in parts]) for name in parts[0]}
     for offsets, counts in {"window_offsets": "tokens_each", "example_offsets": "windows_each"}.items():
         columns[offsets] = numpy.concatenate([[0], numpy.cumsum(columns.pop(counts), dtype=numpy.int64)])
@@ -96,6 +109,8 @@ def tokenise(task: Task, corpus: Corpus, tokenizer) -> "Prepared":
             "test": config.test_examples,
         },
     }
+    if corpus.training_rows is not None:
+        description["training_rows"] = corpus.training_rows
     return Prepared({**description, "sha256": content_hash(columns, description)}, columns)
 
 

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from functools import cache
 
+from fedlm.models.catalogue import CATALOGUE
+from fedlm.models.config import Kind, ModelConfig
+
+ENCODERS = ("bert", "roberta", "distilbert", "deberta-v2", "electra")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -17,11 +22,28 @@ class Facts:
 
 
 @cache
-def facts(model, kind: str) -> Facts:
+def facts(model: ModelConfig, kind: Kind) -> Facts:
     """Return the facts of a model, from its shape alone; no weights are read.
+
+    A model of the catalogue is known by its dimensions; others need PyTorch and Transformers.
 
     Raises UserError when the model cannot be found or its blocks cannot.
     """
+    entry = CATALOGUE.get(model.source)
+    if entry is not None and kind in entry.kinds:
+        return Facts(
+            family=entry.model_type,
+            kind=kind,
+            blocks=entry.blocks,
+            hidden=entry.hidden,
+            positions=entry.positions,
+            decoder=entry.model_type not in ENCODERS,
+        )
+    return read_facts(model, kind)
+
+
+def read_facts(model: ModelConfig, kind: Kind) -> Facts:
+    """Return the facts of any model as its configuration and its structure have them; errors as `facts`."""
     from fedlm.models.blocks import find_blocks
     from fedlm.models.loading import build_config, build_on_meta, max_positions
 
@@ -32,5 +54,5 @@ def facts(model, kind: str) -> Facts:
         blocks=len(find_blocks(build_on_meta(model, kind, 2)).blocks),
         hidden=shape.hidden_size,
         positions=max_positions(model),
-        decoder=shape.model_type not in ("bert", "roberta", "distilbert", "deberta-v2", "electra"),
+        decoder=shape.model_type not in ENCODERS,
     )

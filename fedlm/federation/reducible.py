@@ -1,13 +1,16 @@
 """Whether a method's compression finds anything to reduce."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from fedlm.base.errors import UserError
 from fedlm.exchange.compression import LayerDrop, free_blocks
 from fedlm.federation.method import Method
-from fedlm.models.blocks import Anatomy, find_blocks
 from fedlm.models.config import Kind, ModelConfig
-from fedlm.models.loading import build_on_meta
+
+if TYPE_CHECKING:
+    from fedlm.models.blocks import Anatomy
 
 
 def check(method: Method, model: ModelConfig, kind: Kind) -> None:
@@ -17,6 +20,12 @@ def check(method: Method, model: ModelConfig, kind: Kind) -> None:
     """
     if method.config.compression is None:
         return
+    # Most methods have none, and a check of a study should not cost the import of PyTorch.
+    import torch
+
+    from fedlm.models.blocks import find_blocks
+    from fedlm.models.loading import build_on_meta
+
     shapes = build_on_meta(model, kind, 2)
     with torch.device("meta"):
         adapted = method.prepare(shapes, kind)

@@ -1,6 +1,7 @@
 """Loss and metrics of a model on prepared examples."""
 
 import math
+from collections.abc import Iterator
 
 import numpy
 import torch
@@ -70,7 +71,7 @@ def score(
         model: returns Transformers' outputs; already on `device`.
         data: the task.
         indices: which examples, in any order; at least one.
-        batch_size: examples in one forward pass.
+        batch_size: the longest examples in one forward pass; of shorter ones as many as have as many tokens.
         device: where the model is.
         autocast: the precision of the forward pass, if not the weights'.
     """
@@ -83,8 +84,7 @@ def score(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for start in range(0, len(ordered), batch_size):
-            chunk = ordered[start : start + batch_size]
+        for chunk in _batches(data, ordered, batch_size):
             batch = {name: tensor.to(device) for name, tensor in data.batch(chunk).items()}
             inputs = {name: tensor for name, tensor in batch.items() if name not in LABELS}
             with (
@@ -95,7 +95,7 @@ def score(
             values = losses(data.kind, outputs, batch).double()
             total += values.sum().item()
             count += len(values)
-            predicted, right = _PREDICT[data.kind](outputs, batch, data, chunk)
+            predicted, right = _PREDICT[data.kind](outputs, batch, data, chunk, values)
             for name, found in predictions.items():
                 # Most kinds have one prediction for all metrics, some one for each.
                 found += predicted[name] if isinstance(predicted, dict) else predicted
@@ -110,26 +110,45 @@ def score(
     return scores
 
 
-def _predict_class(outputs, batch, data, examples):
+def _batches(data: Prepared, ordered: numpy.ndarray, batch_size: int) -> Iterator[numpy.ndarray]:
+    """Cut examples, the longest first, into batches of as many tokens, padding included, as the first has.
+
+    For question answering every window counts as a text of its own; an example is never divided.
+    """
+    room = batch_size * data.batch_length(ordered[:1])
+    start = 0
+    while start < len(ordered):
+        rest = ordered[start:]
+        windows = numpy.cumsum(data.windows[rest])
+        fitting = numpy.searchsorted(windows, room // data.batch_length(rest[:1]), side="right")
+        yield rest[: max(1, fitting)]
+        start += max(1, int(fitting))
+
+
+# Each returns the predictions and the references of a batch's examples, as the metrics take them; `values`
+# are what `losses` gave, in float64.
+
+
+def _predict_class(outputs, batch, data, examples, values):
     return outputs.logits.argmax(-1).tolist(), batch["labels"].tolist()
 
 
-def _predict_number(outputs, batch, data, examples):
+def _predict_number(outputs, batch, data, examples, values):
     return outputs.logits.float().squeeze(-1).tolist(), batch["labels"].tolist()
 
 
-def _predict_tokens(outputs, batch, data, examples):
+def _predict_tokens(outputs, batch, data, examples, values):
     """Return each example's summed loss and number of right tokens, and its number of target tokens."""
     logits, targets = _target_logits(outputs, batch)
     wanted = batch["labels"][:, 1:] != IGNORED
     example = wanted.nonzero()[:, 0]
     right = (logits.argmax(-1) == targets).double()
     sums = torch.zeros(2, len(wanted), dtype=torch.double, device=logits.device)
-    sums.index_add_(1, example, torch.stack([_cross_entropy(logits, targets).double(), right]))
+    sums.index_add_(1, example, torch.stack([values, right]))
     return {"perplexity": sums[0].tolist(), "exact_match": sums[1].long().tolist()}, wanted.sum(1).tolist()
 
 
-def _predict_answer(outputs, batch, data, examples):
+def _predict_answer(outputs, batch, data, examples, values):
     """Return each example's answer: the best span of document tokens in any of its windows.
 
     Where the task has questions without an answer, there is none if position 0 scores higher than that span,

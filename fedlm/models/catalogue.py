@@ -1,9 +1,16 @@
-"""The models that a study can name by one word."""
+"""The models that a study can name by one word; reading this must not cost the import of Transformers."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# What Transformers has no class for; every other model of the catalogue does every kind it can read for.
+_NO_QUESTION_ANSWERING = ("glm",)
+_ENCODERS = ("bert", "roberta")
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,39 @@ class CatalogueModel:
 
     def build_config(self) -> PreTrainedConfig:
         """Return the Transformers configuration with the dimensions written here."""
+        from transformers import AutoConfig
+
         return AutoConfig.for_model(self.model_type, **self.dimensions)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of task that the model can do."""
+        causal = () if self.model_type in _ENCODERS else ("causal",)
+        answers = () if self.model_type in _NO_QUESTION_ANSWERING else ("question_answering",)
+        return ("classification", "regression", *causal, *answers)
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks: one a layer, and one for what the layers share."""
+        layers = self._dimension("num_hidden_layers", "n_layer")
+        return layers + bool(self.dimensions.get("share_feed_forward"))
+
+    @property
+    def hidden(self) -> int:
+        """The width of the hidden states."""
+        return self._dimension("hidden_size", "n_embd")
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a text may have, virtual tokens included; None where positions are unlimited."""
+        if self.model_type == "bloom":
+            return None
+        positions = self._dimension("max_position_embeddings", "n_positions")
+        # RoBERTa counts positions from the padding token's number + 1.
+        return positions - self.dimensions["pad_token_id"] - 1 if self.model_type == "roberta" else positions
+
+    def _dimension(self, *names: str) -> int:
+        return next(self.dimensions[name] for name in names if name in self.dimensions)
 
 
 def _roberta(hidden: int, layers: int, heads: int) -> dict[str, Any]:
