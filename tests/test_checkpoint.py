@@ -1,6 +1,8 @@
 """Checkpoints that are damaged or another's are named and never used."""
 
 import json
+import os
+import signal
 import struct
 
 import pytest
@@ -15,7 +17,7 @@ from fedlm.exchange import payload
 from fedlm.federation.checkpoint import Checkpoints, remove_checkpoints
 
 TENSORS = {"server/a": torch.arange(6.0).view(2, 3), "server/b": torch.ones(2, dtype=torch.int64)}
-BOOKS = {"rounds": [1, 2], "note": "é"}
+PLAIN = {"rounds": [1, 2], "note": "é"}
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def checkpoints(tmp_path, lines):
 
 def written(checkpoints, *rounds):
     for round in rounds:
-        checkpoints.save(round, {**TENSORS, "server/round": torch.tensor(round)}, BOOKS)
+        checkpoints.save(round, {**TENSORS, "server/round": torch.tensor(round)}, PLAIN)
     return {int(path.name[6:12]): path for path in checkpoints.folder.iterdir()}
 
 
@@ -43,9 +45,9 @@ def test_what_was_saved_comes_back(checkpoints, lines):
         "turned": square.T,
         "none": torch.ones(0),
     }
-    checkpoints.save(3, shared, BOOKS)
-    round, tensors, books = checkpoints.latest()
-    assert (round, books, lines) == (3, BOOKS, [])
+    checkpoints.save(3, shared, PLAIN)
+    round, tensors, plain = checkpoints.latest()
+    assert (round, plain, lines) == (3, PLAIN, [])
     assert tensors.keys() == shared.keys()
     assert all(torch.equal(tensors[name], shared[name]) for name in shared)
 
@@ -79,7 +81,7 @@ def with_checksum(content: bytes) -> bytes:
     return f"{sha256(content)}\n".encode() + content
 
 
-HEADER = {"fingerprint": "mine", "round": 2, "aliases": {}, "books": {}}
+HEADER = {"fingerprint": "mine", "round": 2, "aliases": {}, "state": {}}
 DAMAGES = {
     "empty": lambda content: b"",
     "one byte": lambda content: b"\n",
@@ -101,8 +103,8 @@ DAMAGES = {
     "metadata no JSON": lambda content: with_checksum(save(TENSORS, metadata={"fedlm": "?"})),
     "header a list": lambda content: described([]),
     "header empty": lambda content: described({}),
-    "books a text": lambda content: described({**HEADER, "books": "no"}),
-    "books missing": lambda content: described({k: v for k, v in HEADER.items() if k != "books"}),
+    "state a text": lambda content: described({**HEADER, "state": "no"}),
+    "state missing": lambda content: described({k: v for k, v in HEADER.items() if k != "state"}),
     "aliases a number": lambda content: described({**HEADER, "aliases": 3}),
     "aliases lead nowhere": lambda content: described({**HEADER, "aliases": {"a": "nowhere"}}),
     "round a text": lambda content: described({**HEADER, "round": "two"}),
@@ -205,3 +207,33 @@ def test_a_run_falls_back_one_round_or_begins_anew_and_ends_the_same(damaged, pl
     assert again.test == whole.test and again.ledger.upload == whole.ledger.upload
     assert sum("is not used" in line for line in lines) == damaged
     assert ("resumed after round 1/3" in lines) == (damaged == 1)
+
+
+def test_a_run_is_saved_when_it_is_time(place, tmp_path):
+    for seconds, expected in ((0.0, [2, 3]), (1e6, [])):
+        checkpoints = Checkpoints(tmp_path / str(seconds), "mine", print, seconds)
+        worlds.federation("fedavg", place, rounds=3).run(checkpoints)
+        assert sorted(written(checkpoints)) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_round_end_and_saves_it(number, place, tmp_path):
+    folder = tmp_path / "run"
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+
+        def log(line):
+            if line.startswith("round 2"):  # in the middle of the run, before round 3
+                os.kill(os.getpid(), number)
+
+        try:
+            worlds.federation("fedavg", place, rounds=9, log=log).run(Checkpoints(folder, "mine", print, 1e6))
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code == (130 if number == signal.SIGINT else -signal.SIGTERM)
+    found = Checkpoints(folder, "mine", print).latest()
+    assert found is not None and found[0] == 2

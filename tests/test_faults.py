@@ -247,7 +247,9 @@ def waits_after_round(number: int, action):
             save(self, round, tensors, books)
             if round == number:
                 print("waiting", flush=True)
-                time.sleep(forked.LONGEST)
+                until = time.monotonic() + forked.LONGEST
+                while self._signal is None and time.monotonic() < until:
+                    time.sleep(0.01)
 
         Checkpoints.save = saves
         action()

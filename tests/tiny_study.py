@@ -56,6 +56,7 @@ def write(folder: Path, name: str = "study", examples: int = 120, **changes: Any
                 "max_length": 32,
             }
         },
+        "pipeline": {"checkpoint_seconds": 0},
         "partitions": {"iid": None},
         "methods": {"fedavg": None, "head_only": None},
         **changes,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy
@@ -66,7 +67,7 @@ class Federation(Rounds):
 
         Raises FailedRun when a loss or an update is not finite, or an upload is not what it must be.
         """
-        with older_objects_set_aside():
+        with older_objects_set_aside(), checkpoints.watching_signals() if checkpoints else nullcontext():
             if checkpoints:
                 self._resume(checkpoints)
             if not self.rounds:
@@ -76,7 +77,7 @@ class Federation(Rounds):
                 clients = self.play(round)
                 self._close(round, clients, self.flops - before[0], self.queries - before[1])
                 if checkpoints:
-                    checkpoints.save(round, *self._state())
+                    checkpoints.round_ended(round, self._state)
             self.test = self._score(self.split.test)
 
     def _score(self, indices: numpy.ndarray) -> dict[str, float]:

@@ -27,6 +27,12 @@ class Pipeline(Settings):
     runs_per_job: int = Field(1, ge=1, le=10_000, description="runs that share one process")
     memory_mb: int = Field(3000, ge=256, description="memory of a job for which there is no prediction")
     minutes: int = Field(60, ge=1, description="time limit of a job")
+    checkpoint_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=86_400,
+        description="a run is saved after the first round that ends so long after the last save",
+    )
     gpus: int = Field(0, ge=0, le=64, description="GPUs of one training job")
 
 
