@@ -29,13 +29,15 @@ def code_hash(method: str, task: str) -> str:
 @cache
 def data_code_hash(task: str) -> str:
     """Return the SHA-256 of the meaning of all code that prepares and divides a task."""
-    return syntax_hash([*of_packages(PREPARING), *with_imports([file_of(discover_tasks()[task])])])
+    known = of_packages(PREPARING)
+    return syntax_hash([*known, *with_imports([file_of(discover_tasks()[task])], known)])
 
 
 @cache
 def plugin_files(method: str, task: str) -> list[Path]:
-    """Return the files of a method and a task, and those that they import."""
-    return with_imports([file_of(discover_methods()[method]), file_of(discover_tasks()[task])])
+    """Return the files of a method and a task, and those that they import beside what every run executes."""
+    files = [file_of(discover_methods()[method]), file_of(discover_tasks()[task])]
+    return with_imports(files, of_packages(EXECUTED))
 
 
 @cache

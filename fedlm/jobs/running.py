@@ -220,6 +220,16 @@ def fingerprint(seed: int, hashes: dict[str, str]) -> str:
     return sha256(json.dumps({"seed": seed, **hashes}, sort_keys=True).encode())
 
 
+def identity(path: Path) -> tuple[Any, ...] | None:
+    """Return the seed and `asked_hashes` of a kept record; None where it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        names = ("config_sha256", "code_sha256", "origin_sha256")
+        return found["seed"], *(found["provenance"][name] for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _finished(run: Run, hashes: dict[str, str], folders: Folders) -> dict[str, Any] | None:
     """Return the kept record of the run that depended on exactly this, under its present labels."""
     try:

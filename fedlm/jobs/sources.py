@@ -6,6 +6,7 @@ The hash is taken over the syntax tree: comments, docstrings and formatting do n
 import ast
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ def of_packages(names: Iterable[str], root: Path = ROOT) -> list[Path]:
     return sorted(path for name in names for path in (root / "fedlm" / name).rglob("*.py"))
 
 
-def with_imports(paths: Iterable[Path], root: Path = ROOT) -> list[Path]:
+def with_imports(paths: Iterable[Path], known: Iterable[Path] = (), root: Path = ROOT) -> list[Path]:
     """Return the files and the files that they import, directly or not, also inside functions.
 
-    Only files of the repository are followed, and, for a file outside it, files beside that file.
+    Only imports from the repository are followed, and, for a file outside it, those from beside that file.
+    `known` files are neither followed nor returned.
     """
-    found: list[Path] = []
-    waiting = [path.absolute() for path in paths]
+    found: set[Path] = set()
+    waiting, known = [path.absolute() for path in paths], {path.absolute() for path in known}
     while waiting:
         path = waiting.pop()
-        if path not in found:
-            found.append(path)
+        if path not in found | known:
+            found.add(path)
             waiting += _imported(path, root.absolute())
     return sorted(found)
 
@@ -55,10 +57,9 @@ def shown(path: Path, root: Path = ROOT) -> str:
 @cache
 def _meaning(source: bytes, suffix: str) -> str:
     if suffix == ".py":
-        try:
+        # A file that is half written is imported by nothing.
+        with suppress(SyntaxError, ValueError, RecursionError):
             source = repr(_plain(ast.parse(source))).encode()
-        except (SyntaxError, ValueError, RecursionError):
-            pass  # half written, perhaps; nothing imports it
     return hashlib.sha256(source).hexdigest()
 
 
@@ -71,16 +72,15 @@ def _plain(value: Any) -> Any:
         fields = ((name, _plain(inner)) for name, inner in ast.iter_fields(value) if name != "kind")
         return type(value).__name__, *((name, inner) for name, inner in fields if inner not in (None, ()))
     if isinstance(value, list):
-        return tuple(
-            _plain(inner) for inner in value if not _is_text(inner) and not isinstance(inner, ast.Pass)
-        )
+        return tuple(_plain(inner) for inner in value if not _has_no_effect(inner))
     return value
 
 
-def _is_text(node: Any) -> bool:
-    """Return whether a node is a string that stands alone, as docstrings do: it has no effect."""
-    alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return alone and isinstance(node.value.value, str)
+def _has_no_effect(node: Any) -> bool:
+    """Return whether a node is `pass`, or a string that stands alone, as docstrings do."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return isinstance(node.value.value, str)
+    return isinstance(node, ast.Pass)
 
 
 def _imported(path: Path, root: Path) -> Iterator[Path]:
@@ -102,7 +102,7 @@ def _imported(path: Path, root: Path) -> Iterator[Path]:
 
 
 def _files_of(parts: list[str], places: list[Path]) -> Iterator[Path]:
-    """Yield the files of a dotted name: of its packages, and of the module; the last part may be a function."""
+    """Yield the files of a dotted name: its packages and its module; the last part may be a function."""
     for place in places:
         for length in range(1, len(parts) + 1):
             step = place.joinpath(*parts[:length])
