@@ -84,7 +84,7 @@ def test_a_label_that_is_renamed_trains_nothing(tmp_path):
     assert lines[-1] == "movies/alike/only_the_head/seed1: was finished before; its record is put back"
     labels = dict(zip(("task", "partition", "method"), run, strict=False))
     assert after == {**before, **labels}
-    # A copy holds the labels of the time when it was made; collecting, too, puts it back under the present ones.
+    # The copy holds the old labels; collecting, too, puts it back under the present ones.
     folders = running.Folders("study", tmp_path / "results")
     folders.record(run).unlink()
     study = load(tiny_study.write(tmp_path, **ROUND, **renamed))
