@@ -86,7 +86,7 @@ EDITS = {
     ),
     "another method": ("methods/fedcybgd.py", statement, False, False),
     "another task": ("tasks/squad.py", statement, False, False),
-    "a figure": ("fedlm/results/figures.py", flipped, False, False),
+    "a figure": ("fedlm/results/drawing.py", flipped, False, False),
     "the study's reader": ("fedlm/study/reading.py", statement, False, False),
     "the prediction of costs": ("fedlm/costs/prediction.py", flipped, False, False),
     "what runs the jobs": ("fedlm/jobs/running.py", statement, False, False),

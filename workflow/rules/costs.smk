@@ -13,7 +13,7 @@ rule predict:
         study=STUDY_FILE,
         depends_on=digest(
             study.model_dump(mode="json", exclude={"seeds", "partitions", "pipeline"}),
-            sources("fedlm/costs/report.py"),
+            sources("fedlm/costs/cases.py", "fedlm/costs/prediction.py"),
             methods_used(),
             [data_code_hash(entry.task) for entry in study.tasks.values()],
         ),
