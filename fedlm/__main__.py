@@ -141,6 +141,26 @@ def rerun(
 
 
 @app.command()
+def clean(
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.")],
+    results: Results = Path("results"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
+) -> None:
+    """Remove the records, checkpoints, partitions and prepared tasks that the study no longer uses.
+
+    What the study uses stays, and so does what a run in progress uses.
+    """
+    from fedlm.jobs.cleaning import clean as clean_up
+
+    study = _study(config)
+    removed = clean_up(study, _folders(study, results), dry_run)
+    for path, size in removed:
+        print(f"{path}: {size:,} bytes")
+    verb = "would be removed" if dry_run else "removed"
+    print(f"{study.study}: {len(removed)} {verb}, {sum(size for _, size in removed):,} bytes")
+
+
+@app.command()
 def collect(config: Config, results: Results = Path("results")) -> None:
     """Compile the records that there are into runs.parquet and rounds.parquet; name what is missing."""
     from fedlm.jobs import running

@@ -458,7 +458,7 @@ CHANGES = {
         {"config", "partition"},
     ),
     "the kept record": (
-        lambda f: next(f.rglob("record.json")).write_text('{"status": "finished", "provenance": {'),
+        lambda f: next(f.rglob("finished/*.json")).write_text('{"status": "finished", "provenance": {'),
         set(),
     ),
     "the partition": (lambda f: next(f.rglob("partitions/**/seed1.json")).write_text("{}"), set()),
@@ -483,7 +483,7 @@ def test_damaged_prepared_data_are_named(tmp_path):
     path = tiny_study.write(tmp_path, examples=60, federation={"clients": 2, "rounds": 1})
     make(load(path), tmp_path / "results")()
     folders = running.Folders("study", tmp_path / "results")
-    (folders.checkpoints(RUN) / "record.json").unlink()
+    shutil.rmtree(folders.root / "finished")
     content = bytearray((folders.task("films") / "examples.parquet").read_bytes())
     content[len(content) // 2] ^= 16
     (folders.task("films") / "examples.parquet").write_bytes(content)

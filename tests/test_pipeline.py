@@ -128,6 +128,35 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     status, said = place.snakemake()
     assert (status, "Nothing to be done" in said) == (0, True)
 
+    # Nor is there after edits that no run and no drawing executes.
+    harmless = {
+        "fedlm/federation/loop.py": lambda text: text.replace('"""', '"""Edited: ', 1) + "\n# Why.\n",
+        "fedlm/data/partition.py": lambda text: f"# Why.\n{text}",
+        "fedlm/results/figures.py": lambda text: text.replace('"""', '"""Edited: ', 1),
+        "methods/head_only.py": lambda text: text.replace('"""', '"""Edited: ', 1),
+        "methods/fedcybgd.py": lambda text: f"{text}\nADDED = 1\n",
+        "tasks/squad.py": lambda text: f"{text}\nADDED = 1\n",
+        "fedlm/costs/prediction.py": lambda text: f"{text}\nADDED = 1\n",
+    }
+    for name, edit in harmless.items():
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(edit(before))
+        assert (tmp_path / name).read_text() != before
+    status, said = place.snakemake("--dry-run")
+    assert (status, "Nothing to be done" in said) == (0, True), said
+    # A figure that is drawn otherwise is drawn, and that is all.
+    figure = tmp_path / "fedlm/results/figures.py"
+    before = figure.read_text()
+    figure.write_text(before + "\nADDED = 1\n")
+    assert {job for job in place.plan() if not job.startswith("Study")} == {"Drawing the figures"}
+    figure.write_text(before)
+    # In the loop a statement is another matter.
+    loop = tmp_path / "fedlm/federation/loop.py"
+    before = loop.read_text()
+    loop.write_text(before + "\nADDED = 1\n")
+    assert len([job for job in place.plan() if job.startswith("Training")]) == len(METHODS)
+    loop.write_text(before)
+
     # One page holds all tables and figures, and loads nothing from elsewhere.
     status, said = place.snakemake("--report", "report.html")
     assert status == 0, said
@@ -141,7 +170,7 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
 
     # A changed source or setting: what depends on it is made again, although no file of a rule has changed.
     method = tmp_path / "methods" / "head_only.py"
-    method.write_text(method.read_text() + "\n# changed\n")
+    method.write_text(method.read_text() + "\nADDED = 1\n")
     place.write(methods={**METHODS, "diverging": {"method": "fedavg", "training": {"learning_rate": 3e-3}}})
     assert sorted(job for job in place.plan() if job.startswith("Training")) == [
         "Training diverging on films, iid, seed 1",
@@ -151,6 +180,19 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     data = place.study.with_name("data.csv")
     data.write_text(data.read_text() + "the film was long,bad\n")
     assert {"Preparing task films", "Training fedavg on films, iid, seed 1"} <= set(place.plan())
+
+
+def test_a_renamed_label_trains_nothing(tmp_path):
+    place = Place(tmp_path, methods={"head_only": None}, federation={"clients": 2, "rounds": 1})
+    status, said = place.snakemake()
+    assert status == 0 and "head_only/seed1: round 1/1" in said, said
+    place.write(methods={"only_the_head": {"method": "head_only"}})
+    status, said = place.snakemake()
+    assert status == 0, said
+    assert "only_the_head/seed1: was finished before; its record is put back" in said
+    assert ": round " not in said
+    table = pandas.read_csv(tmp_path / "results/tiny/tables/main.csv")
+    assert list(table["method"]) == ["only_the_head"]
 
 
 def test_runs_that_share_a_process(tmp_path):

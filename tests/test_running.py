@@ -2,11 +2,17 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_study
+import yaml
+from typer.testing import CliRunner
 
+from fedlm.__main__ import app
 from fedlm.base.errors import UserError
+from fedlm.base.files import locked
 from fedlm.jobs import running
 from fedlm.study.reading import load
 from fedlm.study.study import Run
@@ -47,6 +53,174 @@ def test_a_finished_run_is_put_back_and_says_so(tmp_path):
     before = record(tmp_path, study)
     assert record(tmp_path, study, "other.json", lines) == before
     assert lines == ["films/iid/head_only/seed1: was finished before; its record is put back"]
+
+
+ROUND = {"federation": {"clients": 2, "rounds": 1}}
+
+
+def made(folder, run, lines, **changes):
+    """Make a run of the tiny study with changes; return its record and what was said of its rounds."""
+    folders = running.Folders("study", folder / "results")
+    before = len(lines)
+    study = load(tiny_study.write(folder, examples=60, **{**ROUND, **changes}))
+    running.execute(study, run, folders.record(run), folders, lines.append)
+    trained = any(": round " in line for line in lines[before:])
+    return json.loads(folders.record(run).read_text()), trained
+
+
+def test_a_label_that_is_renamed_trains_nothing(tmp_path):
+    lines = []
+    before, trained = made(tmp_path, RUN, lines)
+    assert trained
+    tasks = yaml.safe_load((tmp_path / "study.yaml").read_text())["tasks"]
+    renamed = {
+        "methods": {"only_the_head": {"method": "head_only", "title": "The head alone"}},
+        "partitions": {"alike": {"scheme": "iid"}},
+        "tasks": {"movies": tasks["films"]},
+    }
+    run = Run("movies", "alike", "only_the_head", 1)
+    after, trained = made(tmp_path, run, lines, **renamed)
+    assert not trained
+    assert lines[-1] == "movies/alike/only_the_head/seed1: was finished before; its record is put back"
+    labels = dict(zip(("task", "partition", "method"), run, strict=False))
+    assert after == {**before, **labels}
+    # The copy holds the old labels; collecting, too, puts it back under the present ones.
+    folders = running.Folders("study", tmp_path / "results")
+    folders.record(run).unlink()
+    study = load(tiny_study.write(tmp_path, **ROUND, **renamed))
+    assert running.restore(study, folders) == []
+    assert json.loads(folders.record(run).read_text()) == after
+
+
+def test_an_edit_that_is_undone_trains_nothing(tmp_path):
+    lines, other = [], {"training": {"learning_rate": 2e-3, "batch_size": 16, "device": "cpu"}}
+    first, _ = made(tmp_path, RUN, lines)
+    second, trained = made(tmp_path, RUN, lines, **other)
+    assert trained and second["provenance"]["payload_sha256"] != first["provenance"]["payload_sha256"]
+    # Both versions are kept.
+    assert made(tmp_path, RUN, lines) == (first, False)
+    assert made(tmp_path, RUN, lines, **other) == (second, False)
+
+
+def test_seeds_and_settings_are_no_labels(tmp_path):
+    lines = []
+    seeds, labels = {"seeds": [1, 2]}, {"methods": {"head_only": {"method": "fedavg"}}}
+    first, _ = made(tmp_path, RUN, lines, **seeds)
+    for run, changes in ((RUN._replace(seed=2), seeds), (RUN, labels)):
+        other, trained = made(tmp_path, run, lines, **changes)
+        assert trained and other["provenance"]["payload_sha256"] != first["provenance"]["payload_sha256"]
+
+
+def test_a_partition_that_other_code_drew_is_drawn_again(tmp_path):
+    path = running.Folders("study", tmp_path / "results").partition("films", "iid", 1)
+    made(tmp_path, RUN, [])
+    drawn = path.read_bytes()
+    assert drawn.count(b'"code_sha256": "') == 1
+    path.write_bytes(drawn.replace(b'"code_sha256": "', b'"code_sha256": "0'))
+    made(tmp_path, RUN, [])
+    assert path.read_bytes() == drawn
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Cleaning up
+
+
+def files(folder) -> dict[str, int]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def cleaned(folder, *options) -> dict[str, int]:
+    """Run the command on the study as it is; return what it says that it removed."""
+    arguments = ["clean", str(folder / "study.yaml"), "--results", str(folder / "results"), *options]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    *lines, total = done.output.splitlines()
+    found = {}
+    for line in lines:
+        path, _, size = line.rpartition(": ")
+        found[Path(path).relative_to(folder / "results/study").as_posix()] = int(
+            size.removesuffix(" bytes").replace(",", "")
+        )
+    verb = "would be removed" if options else "removed"
+    assert total == f"study: {len(found)} {verb}, {sum(found.values()):,} bytes"
+    return found
+
+
+def test_clean_removes_what_the_study_does_not_use_and_nothing_else(tmp_path):
+    root, lines = tmp_path / "results/study", []
+    runs = {"seeds": [1], "methods": {"head_only": None}}
+    made(tmp_path, RUN, lines, **runs)
+    used = files(root)
+    assert cleaned(tmp_path) == {} and files(root) == used
+    tasks = yaml.safe_load((tmp_path / "study.yaml").read_text())["tasks"]
+
+    # Another seed, another learning rate, another method of which only checkpoints are left; another task.
+    faster = {"training": {"learning_rate": 2e-3, "batch_size": 16, "device": "cpu"}}
+    made(tmp_path, RUN._replace(seed=2), lines, **{**runs, "seeds": [1, 2]})
+    made(
+        tmp_path,
+        RUN._replace(task="movies"),
+        lines,
+        **runs,
+        tasks={"movies": {**tasks["films"], "max_length": 16}},
+    )
+    made(tmp_path, RUN, lines, **runs, **faster)
+    made(tmp_path, RUN, lines, **runs)
+    left = root / "checkpoints/films/iid/gone/seed1"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "round-000001.checkpoint").write_bytes(b"1234")
+
+    everything = files(root)
+    announced = cleaned(tmp_path, "--dry-run")
+    assert files(root) == everything
+    assert cleaned(tmp_path) == announced
+    # The present study's files are those that there were, to the byte.
+    assert files(root) == used
+    assert sum(announced.values()) == sum(everything.values()) - sum(used.values())
+    assert announced["checkpoints/films/iid/gone/seed1"] == 4
+    assert {
+        "runs/films/iid/head_only/seed2.json",
+        "runs/movies/iid/head_only/seed1.json",
+        "partitions/films/iid/seed2.json",
+        "tasks/movies",
+    } < announced.keys()
+    assert sum(path.startswith("finished/") for path in announced) == 3
+    # And so nothing is trained.
+    (root / "runs/films/iid/head_only/seed1.json").unlink()
+    assert not made(tmp_path, RUN, lines, **runs)[1]
+
+
+def test_clean_keeps_what_the_study_uses_although_its_data_are_gone(tmp_path):
+    root = tmp_path / "results/study"
+    made(tmp_path, RUN, [])
+    shutil.rmtree(root / "tasks")
+    shutil.rmtree(root / "partitions")
+    used = files(root)
+    assert cleaned(tmp_path) == {} and files(root) == used
+    # Without the data file nobody can know what is used: nothing is removed.
+    (tmp_path / "data.csv").unlink()
+    done = CliRunner().invoke(
+        app, ["clean", str(tmp_path / "study.yaml"), "--results", str(tmp_path / "results")]
+    )
+    assert isinstance(done.exception, UserError) and "data.csv" in str(done.exception)
+    assert files(root) == used
+
+
+def test_clean_keeps_what_a_run_in_progress_uses(tmp_path):
+    root, run = tmp_path / "results/study", Run("films", "iid", "gone", 2)
+    made(tmp_path, run, [], seeds=[2], methods={"gone": {"method": "fedavg"}})
+    checkpoints = running.Folders("study", tmp_path / "results").checkpoints(run)
+    (checkpoints / "round-000001.checkpoint").write_bytes(b"1234")
+    (root / "runs/films/iid/gone/seed2.json").unlink()
+    everything = files(root)
+    tiny_study.write(tmp_path, **ROUND)
+    with locked(checkpoints / "lock", lambda: None):
+        removed = cleaned(tmp_path)
+    assert [path.partition("/")[0] for path in removed] == ["finished"]
+    assert set(everything) - set(files(root)) == set(removed)
+    assert set(cleaned(tmp_path)) == {"checkpoints/films/iid/gone/seed2", "partitions/films/iid/seed2.json"}
 
 
 def test_a_label_that_the_study_has_not_is_named(tmp_path):

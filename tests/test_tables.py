@@ -112,6 +112,30 @@ def test_smaller_is_better_where_the_metric_says_so(tmp_path):
     assert marked(tmp_path, "Interquartile mean", "aggregate") == [best]
 
 
+@pytest.mark.parametrize(
+    ("second", "dirty", "made"),
+    [
+        ("0" * 40, False, "Made by commit 000000000000."),
+        ("0" * 40, True, "Made by commit 000000000000, with changes."),
+        ("1" * 40, False, "Made by commits 000000000000, 111111111111."),
+        ("1" * 40, True, "Made by commits 000000000000, 111111111111, with changes."),
+    ],
+)
+def test_every_table_names_the_commits_that_made_it(second, dirty, made, tmp_path):
+    """Records of other commits are put back where what a run executes has not changed between them."""
+    small = {"tasks": ("bbc_news",), "partitions": ("iid",), "methods": ("fedavg", "fedlora")}
+    written, _, expected = write_study(tmp_path, **small)
+    for number, path in enumerate(written):
+        record = json.loads(path.read_text())
+        record["provenance"]["commit"] = second if number == 1 else "0" * 40
+        record["provenance"]["dirty"] = dirty and number == 1
+        path.write_text(json.dumps(record))
+    records.collect(written, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+    make(tmp_path, expected)
+    for name in ("main", "aggregate", "paired", "traffic", "memory", "skew"):
+        assert made in (tmp_path / "tables" / f"{name}.md").read_text()
+
+
 def test_missing_runs_are_named_in_every_table(tmp_path):
     gone = {("bbc_news", "iid", "fedlora"), ("movie_reviews", "iid", "fedavg", 2)}
     _, expected = study(tmp_path, skip=gone)

@@ -85,6 +85,7 @@ class PartitionFile(Settings):
     group_counts: list[list[int]] = Field(description="examples of each population, for each client")
     sha256: str = Field(description="of the clients' indices")
     data_sha256: str = Field(description="of the prepared task")
+    code_sha256: str = Field("", description="of the code that drew it")
     indices: list[list[int]] = Field(description="pool indices of each client, ascending")
 
     @classmethod
@@ -100,6 +101,7 @@ class PartitionFile(Settings):
         task: str,
         partition: str,
         data_sha256: str,
+        code_sha256: str = "",
         label_names: list[str] = (),
         group_names: list[str] = (),
     ) -> "PartitionFile":
@@ -127,6 +129,7 @@ class PartitionFile(Settings):
             group_counts=group_counts,
             sha256=fingerprint(parts),
             data_sha256=data_sha256,
+            code_sha256=code_sha256,
             indices=[part.tolist() for part in parts],
         )
 
@@ -140,6 +143,11 @@ class PartitionFile(Settings):
     def parts(self) -> list[numpy.ndarray]:
         """One sorted int64 array of pool indices for each client."""
         return [numpy.array(part, dtype=numpy.int64) for part in self.indices]
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 of the partition less its labels and the code that drew it."""
+        named = {"task", "partition", "code_sha256"}
+        return sha256(json.dumps(self.model_dump(mode="json", exclude=named), sort_keys=True).encode())
 
     def write(self, path: Path) -> None:
         """Write the partition as JSON, one line a key; the same partition gives the same bytes."""

@@ -1,64 +1,102 @@
 """Where a record comes from: code, versions, machine, hashes."""
 
-import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from fedlm.base.files import sha256
+from fedlm.jobs import sources
+from fedlm.jobs.sources import ROOT, of_packages, syntax_hash, with_imports
+from fedlm.study.plugins import discover_methods, discover_tasks, file_of
+
 # What a run executes; what checks, compiles and draws records does not change them.
 EXECUTED = ("base", "measure", "models", "data", "exchange", "federation")
+PREPARING = ("base", "models", "data")
+FOLDERS = ("fedlm", "methods", "tasks")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
 
 
 @cache
 def code_hash(method: str, task: str) -> str:
-    """Return the SHA-256 of the source that a record of this method and this kind of task depends on."""
-    paths = [path for package in EXECUTED for path in (ROOT / "fedlm" / package).glob("*.py")]
-    return _hash_of([*paths, ROOT / "methods" / f"{method}.py", _task_file(task)])
+    """Return the SHA-256 of the meaning of all code that a run of this method and this task executes."""
+    return syntax_hash([*of_packages(EXECUTED), *plugin_files(method, task)])
 
 
 @cache
 def data_code_hash(task: str) -> str:
-    """Return the SHA-256 of the source that a prepared task depends on."""
-    paths = [
-        path for package in ("base", "models", "data") for path in (ROOT / "fedlm" / package).glob("*.py")
-    ]
-    return _hash_of([*paths, _task_file(task)])
-
-
-def _task_file(task: str) -> Path:
-    from fedlm.study.plugins import discover_tasks
-
-    return ROOT / "tasks" / f"{discover_tasks()[task].__module__.rpartition('.')[2]}.py"
-
-
-def _hash_of(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """Return the SHA-256 of the meaning of all code that prepares and divides a task."""
+    known = of_packages(PREPARING)
+    return syntax_hash([*known, *with_imports([file_of(discover_tasks()[task])], known)])
 
 
 @cache
-def commit() -> tuple[str, bool]:
-    """Return the source's commit and whether the tree differs from it; ("unknown", True) outside git."""
+def plugin_files(method: str, task: str) -> list[Path]:
+    """Return the files of a method and a task, and those that they import beside what every run executes."""
+    files = [file_of(discover_methods()[method]), file_of(discover_tasks()[task])]
+    return with_imports(files, of_packages(EXECUTED))
+
+
+@cache
+def source(method: str, task: str) -> dict[str, object]:
+    """Return `commit`, `dirty` and `untracked` of the source that a run of this method and task executes."""
+    return source_of(plugin_files(method, task))
+
+
+def source_of(plugins: Iterable[Path], root: Path = ROOT) -> dict[str, object]:
+    """Return the commit, whether the source differs from it, and the files that git does not know.
+
+    Args:
+        plugins: files that a run executes besides the repository's own; they may lie outside it.
+        root: the repository.
+
+    Returns:
+        `commit`: the commit, or "unknown" outside git. `dirty`: True where a tracked file has changed (other
+        than in `results/` and `figures/`, which the pipeline makes), where `untracked` is not empty, and
+        outside git. `untracked`: the SHA-256 of each file in `fedlm/`, `methods/` and `tasks/` that git does
+        not know, ignored ones included, and of each plug-in that it does not know, by path; a file outside
+        the repository is named without its folder.
+    """
+    plugins = sorted({path.absolute() for path in plugins})
+    inside = [sources.shown(path, root) for path in plugins if sources.is_inside(path, root)]
+    outside = [path for path in plugins if not sources.is_inside(path, root)]
     try:
-        head = _git("rev-parse", "HEAD")
-        return head, bool(_git("status", "--porcelain", "--untracked-files=no"))
+        commit = _git(root, "rev-parse", "HEAD").strip()
+        changed = _git(
+            root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!figures"
+        )
+        unknown = _git(root, "ls-files", "--others", "-z", "--", *FOLDERS, *inside).split("\0")
     except (OSError, subprocess.SubprocessError):
-        return "unknown", True
+        commit, changed, unknown = "unknown", "all of it", []
+    untracked = {}
+    for name in sorted(filter(None, unknown)):
+        for path in _files_below(root / name):
+            untracked[sources.shown(path, root)] = sha256(path)
+    for path in outside:
+        name = path.name if path.name not in untracked else f"{path.parent.name}/{path.name}"
+        untracked[name] = sha256(path)
+    return {"commit": commit, "dirty": bool(changed or untracked), "untracked": untracked}
 
 
-def _git(*words: str) -> str:
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=30
-    )
-    return found.stdout.strip()
+def _files_below(path: Path) -> list[Path]:
+    """Return the file itself, or the files of a folder (git names a repository inside it as one)."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [one for one in found if one.is_file() and "__pycache__" not in one.parts]
+
+
+def _git(root: Path, *words: str) -> str:
+    # Inside a git hook the first ones name another repository or index. The last one keeps git from locking
+    # the index, where a person may be about to commit.
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
+    environment = {key: value for key, value in os.environ.items() if key not in elsewhere}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=30, env=environment
+    ).stdout
 
 
 @cache
@@ -76,6 +114,8 @@ def machine() -> dict[str, object]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "processors": os.cpu_count(),
+        # Which vector instructions PyTorch uses: sums are taken in another order with others.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": cuda,
     }

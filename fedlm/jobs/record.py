@@ -4,24 +4,34 @@ import json
 import resource
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlm.base.files import write_atomically
-from fedlm.exchange import payload
-from fedlm.federation.loop import Federation
 from fedlm.jobs import provenance
 from fedlm.study.study import RunConfig
+
+if TYPE_CHECKING:  # it takes seconds to import, and writing a record does not need it
+    from fedlm.federation.loop import Federation
 
 VERSION = 1
 
 
 def build(
-    config: RunConfig, federation: Federation, hashes: dict[str, str], skew: dict, wall: float
+    config: RunConfig,
+    federation: "Federation",
+    source: dict[str, object],
+    hashes: dict[str, str],
+    skew: dict[str, float],
+    wall: float,
 ) -> dict[str, Any]:
-    """Return the record of a finished run; bytes, seconds and FLOPs in base units."""
+    """Return the record of a finished run; bytes, seconds and FLOPs in base units.
+
+    `source` is what `provenance.source` found before the run.
+    """
+    from fedlm.exchange import payload
+
     data, ledger, rounds = federation.data, federation.ledger, federation.rounds
     peak = federation.instruments.peak()
-    commit, dirty = provenance.commit()
     final = payload.encode({name: federation.server.tensors[name] for name in federation.method.exchanged})
     return {
         "record": VERSION,
@@ -58,8 +68,7 @@ def build(
         "wall_seconds": wall,
         "partition_skew": skew,
         "provenance": {
-            "commit": commit,
-            "dirty": dirty,
+            **source,
             "versions": provenance.versions(),
             "machine": provenance.machine(),
             **hashes,

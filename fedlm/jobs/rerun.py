@@ -50,7 +50,9 @@ def rerun(path: Path, results: Path | None = None) -> list[str]:
     _use_threads(before)
     with tempfile.TemporaryDirectory(prefix="fedlm-rerun-") as aside:
         folders = running.Folders(study.study, results or Path(aside))
-        if folders.checkpoints(run).exists():
+        asked = (run.seed, *running.asked_hashes(study, run).values())
+        kept = {running.identity(path) for path in folders.finished("any").parent.glob("*.json")}
+        if folders.checkpoints(run).exists() or asked in kept:
             raise UserError(f"results: {folders.root} holds this run already; allowed: a new folder")
         running.execute(study, run, folders.record(run), folders)
         after = read(folders.record(run))

@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fedlm.base.errors import FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
 from fedlm.data.partition import PartitionFile
-from fedlm.jobs import provenance
+from fedlm.jobs import provenance, record
 from fedlm.study.plugins import discover_tasks
 from fedlm.study.study import Run, RunConfig, Study
 
@@ -44,6 +45,10 @@ class Folders:
     def checkpoints(self, run: Run) -> Path:
         """Folder of a run's checkpoints, outside what the pipeline declares as outputs."""
         return self.root / "checkpoints" / run.path
+
+    def finished(self, fingerprint: str) -> Path:
+        """File of a finished run's kept record, under whatever labels it was made."""
+        return self.root / "finished" / f"{fingerprint}.json"
 
 
 def prepare(study: Study, task: str, folders: Folders):
@@ -106,7 +111,9 @@ def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
         return False
     data = json.loads((folders.task(run.task) / "task.json").read_text())["sha256"]
     clients = 1 if config.partition.scheme == "pooled" else config.federation.clients
-    return (found.data_sha256, found.config, found.clients) == (data, config.partition, clients)
+    code = provenance.data_code_hash(config.task)
+    asked = (data, code, config.partition, clients)
+    return (found.data_sha256, found.code_sha256, found.config, found.clients) == asked
 
 
 def partition(study: Study, task: str, label: str, seed: int, folders: Folders):
@@ -128,6 +135,7 @@ def partition(study: Study, task: str, label: str, seed: int, folders: Folders):
         task=task,
         partition=label,
         data_sha256=data.sha256,
+        code_sha256=provenance.data_code_hash(study.tasks[task].task),
         label_names=data.label_names,
         group_names=data.group_names,
     )
@@ -140,41 +148,43 @@ def execute(
 ) -> None:
     """Make one run and write its record to `output`.
 
-    A finished run with the same fingerprint is not made again: its record is kept beside the checkpoints and
-    put back. Prepared data and the partition are made anew where they are missing or of other origin. Where
-    another process makes this run, its end is waited for.
+    A finished run with the same fingerprint is not made again, whatever its labels were: its record is kept
+    and put back. Prepared data and the partition are made again where they are missing or of other origin.
+    Where another process makes this run, its end is waited for.
 
     Raises UserError for bad input and FailedRun for a run that did not end well.
     """
     from fedlm.federation.checkpoint import remove_checkpoints
 
     config = study.run(*run)
-    kept, print_line = folders.checkpoints(run) / "record.json", _prefixed(progress, run)
-    with locked(kept.with_name("lock"), lambda: print_line("another process makes it; waiting for its end")):
+    checkpoints, print_line = folders.checkpoints(run), _prefixed(progress, run)
+    with locked(checkpoints / "lock", lambda: print_line("another process makes it; waiting for its end")):
         with locked(folders.task(run.task) / "lock", lambda: print_line("waiting for its data")):
             if not _is_prepared(study, run.task, folders):
                 prepare(study, run.task, folders)
             if not _is_divided(config, run, folders):
                 partition(study, run.task, run.partition, run.seed, folders)
         hashes = _hashes(study, run, folders)
-        if _is_finished(kept, hashes):
+        made = _finished(run, hashes, folders)
+        if made:
             print_line("was finished before; its record is put back")
         else:
-            _train(config, run, hashes, folders, kept, print_line)
-        # Not before the record is safe: killed in between, the run would begin anew.
-        remove_checkpoints(kept.parent)
-        _copy(kept, output)
+            made = _train(config, run, hashes, folders, print_line)
+            record.write(folders.finished(fingerprint(run.seed, hashes)), made)
+        # Not before the record is safe: killed in between, the run would begin again.
+        remove_checkpoints(checkpoints)
+        record.write(output, made)
 
 
 def restore(study: Study, folders: Folders) -> list[Run]:
     """Put back the records of finished runs whose file is gone; return the runs that have no record."""
     missing = []
     for run in study.runs():
-        record, kept = folders.record(run), folders.checkpoints(run) / "record.json"
-        if record.exists():
+        if folders.record(run).exists():
             continue
-        if kept.exists() and _is_current(kept, study, run, folders):
-            _copy(kept, record)
+        made = _made_before(study, run, folders)
+        if made:
+            record.write(folders.record(run), made)
         else:
             missing.append(run)
     return missing
@@ -186,35 +196,57 @@ def _prefixed(progress: Callable[[str], None], run: Run) -> Callable[[str], None
 
 def _hashes(study: Study, run: Run, folders: Folders) -> dict[str, str]:
     """Return the hashes of settings, code, data, partition and the reader's files that a run depends on."""
-    config = study.run(*run)
     prepared = json.loads((folders.task(run.task) / "task.json").read_text())
+    divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
+    return {
+        **asked_hashes(study, run),
+        "data_sha256": prepared["sha256"],
+        "partition_sha256": divided.content_hash(),
+    }
+
+
+def asked_hashes(study: Study, run: Run) -> dict[str, str]:
+    """Return those of the hashes that are known before any data are prepared. No label is in them."""
+    config = study.run(*run)
     return {
         "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
         "code_sha256": provenance.code_hash(config.method, config.task),
         "origin_sha256": sha256(_origin(study, run.task).encode()),
-        "data_sha256": prepared["sha256"],
-        "partition_sha256": sha256(folders.partition(run.task, run.partition, run.seed)),
     }
 
 
-def _is_finished(kept: Path, hashes: dict[str, str]) -> bool:
-    """Return whether a whole record is kept of a run that depended on exactly this."""
+def fingerprint(seed: int, hashes: dict[str, str]) -> str:
+    """Return the SHA-256 that names a run by all it depends on, whatever its labels."""
+    return sha256(json.dumps({"seed": seed, **hashes}, sort_keys=True).encode())
+
+
+def identity(path: Path) -> tuple[Any, ...] | None:
+    """Return the seed and `asked_hashes` of a kept record; None where it is damaged."""
     try:
-        found = json.loads(kept.read_text())
-        return found["status"] == "finished" and hashes.items() <= found["provenance"].items()
+        found = json.loads(path.read_text())
+        names = ("config_sha256", "code_sha256", "origin_sha256")
+        return found["seed"], *(found["provenance"][name] for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _finished(run: Run, hashes: dict[str, str], folders: Folders) -> dict[str, Any] | None:
+    """Return the kept record of the run that depended on exactly this, under its present labels."""
+    try:
+        found = json.loads(folders.finished(fingerprint(run.seed, hashes)).read_text())
+        whole = found["status"] == "finished" and found["seed"] == run.seed
+        whole = whole and hashes.items() <= found["provenance"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        return None
+    return {**found, **run._asdict()} if whole else None
 
 
-def _is_current(kept: Path, study: Study, run: Run, folders: Folders) -> bool:
+def _made_before(study: Study, run: Run, folders: Folders) -> dict[str, Any] | None:
+    """Return a run's kept record, None where its data or partition are gone or others."""
     try:
-        return _is_finished(kept, _hashes(study, run, folders))
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _copy(source: Path, destination: Path) -> None:
-    write_atomically(destination, source.read_bytes())
+        return _finished(run, _hashes(study, run, folders), folders)
+    except (OSError, UserError, ValueError, KeyError):
+        return None
 
 
 def _train(
@@ -222,27 +254,26 @@ def _train(
     run: Run,
     hashes: dict[str, str],
     folders: Folders,
-    output: Path,
     progress: Callable[[str], None],
-) -> None:
-    """Load data, partition and model, run the federation, write the record."""
+) -> dict[str, Any]:
+    """Load data, partition and model, run the federation, return the record."""
     from fedlm.data.prepared import Prepared
     from fedlm.federation.checkpoint import Checkpoints
     from fedlm.federation.loop import Federation
-    from fedlm.jobs import record
     from fedlm.models import loading
     from fedlm.study.plugins import discover_methods
 
     # Transformers speaks to its own developers through peft's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     started = time.perf_counter()
+    source = provenance.source(config.method, config.task)  # now, not after hours in which files change
     data = Prepared.load(folders.task(run.task))
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:
         raise FailedRun(f"{run.path}: the data of {run.task} were made again meanwhile; run again")
     model = loading.load(config.model, data.kind, data.num_labels, run.seed)
     method = discover_methods()[config.method](config.method_settings, len(divided.parts), run.seed)
-    hashes = {**hashes, "model_sha256": loading.fingerprint(model)}
+    model_hash = loading.fingerprint(model)
     federation = Federation(
         method,
         model,
@@ -255,7 +286,7 @@ def _train(
         loading.max_positions(config.model),
         progress,
     )
-    fingerprint = sha256(json.dumps([config.resolved(), list(run), hashes], sort_keys=True).encode())
-    federation.run(Checkpoints(folders.checkpoints(run), fingerprint, progress))
+    hashes = {**hashes, "model_sha256": model_hash}
+    federation.run(Checkpoints(folders.checkpoints(run), fingerprint(run.seed, hashes), progress))
     wall = federation.spent + time.perf_counter() - started
-    record.write(output, record.build(config, federation, hashes, divided.skew, wall))
+    return record.build(config, federation, source, hashes, divided.skew, wall)

@@ -135,8 +135,9 @@ class Scene(NamedTuple):
         if self.left_out:
             notes.append(f"{self.left_out} records that the study does not ask for are left out.")
         if len(self.runs):
-            dirty = " (with uncommitted changes)" if self.runs["dirty"].any() else ""
-            commits = ", ".join(sorted({commit[:12] for commit in self.runs["commit"]}))
+            commits = sorted({commit[:12] for commit in self.runs["commit"]})
+            made = f"Made by commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+            made += ", with changes" if self.runs["dirty"].any() else ""
             models = ", ".join(sorted(self.runs["model"].unique()))
-            notes.append(f"Model: {models}. Made by commit {commits}{dirty}.")
+            notes.append(f"Model: {models}. {made}.")
         return notes

@@ -52,6 +52,11 @@ def discover_tasks(folder: Path = ROOT / "tasks") -> dict[str, type[Task]]:
     return dict(sorted(found.items()))
 
 
+def file_of(plugin: type) -> Path:
+    """Return the file in which a method or task was found."""
+    return Path(sys.modules[plugin.__module__].__file__)
+
+
 def _defined_in(path: Path, base: type) -> list[type]:
     """Return the subclasses of `base` that a file defines (not those it imports)."""
     module = _load(path)

@@ -13,8 +13,9 @@ sys.path.insert(0, workflow.basedir)
 import fedlm.study.reading
 from fedlm.study.check import check
 from fedlm.base.errors import UserError
-from fedlm.jobs.provenance import code_hash
-from fedlm.study.plugins import discover_tasks
+from fedlm.jobs.provenance import code_hash, data_code_hash
+from fedlm.jobs.sources import syntax_hash, with_imports
+from fedlm.study.plugins import discover_methods, discover_tasks, file_of
 
 # The jobs run this Python and this repository, whatever PATH and working directory are. glibc would hand a large
 # tensor's memory back to the system at each step and fault it in again: a sixth of the time of a small model's step.
@@ -85,12 +86,20 @@ def digest(*parts):
 
 
 @cache
-def sources(*patterns):
-    """Return a hash of the source files that match the patterns below the repository's root."""
-    paths = sorted(
-        path for pattern in patterns for path in Path(workflow.basedir).glob(pattern)
-    )
-    return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
+def sources(*names):
+    """Return a hash of the meaning of source files and all that they import, named below the repository's root.
+
+    A comment, a docstring and formatting do not count.
+    """
+    return syntax_hash(with_imports(Path(workflow.basedir, name) for name in names))
+
+
+@cache
+def methods_used():
+    """Return a hash of the meaning of the study's method files, which hold titles and what is a control."""
+    known = discover_methods()
+    names = {entry.method for entry in study.methods.values()}
+    return syntax_hash(with_imports(file_of(known[name]) for name in names))
 
 
 def task_of(label):
@@ -114,12 +123,7 @@ def prepare_depends_on(task):
         entry.task,
         settings,
         model,
-        sources(
-            "fedlm/data/prepared.py",
-            "fedlm/data/task.py",
-            "fedlm/data/tokenising.py",
-            "tasks/*.py",
-        ),
+        data_code_hash(entry.task),
     )
 
 
@@ -132,13 +136,7 @@ def partition_depends_on(task, partition):
     return digest(
         settings,
         clients,
-        sources(
-            "fedlm/data/schemes.py",
-            "fedlm/data/division.py",
-            "fedlm/data/partition.py",
-            "fedlm/data/prepared.py",
-            "fedlm/base/randomness.py",
-        ),
+        data_code_hash(study.tasks[task].task),
     )
 
 

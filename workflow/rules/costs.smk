@@ -13,7 +13,9 @@ rule predict:
         study=STUDY_FILE,
         depends_on=digest(
             study.model_dump(mode="json", exclude={"seeds", "partitions", "pipeline"}),
-            sources("fedlm/**/*.py", "methods/*.py"),
+            sources("fedlm/costs/cases.py", "fedlm/costs/prediction.py"),
+            methods_used(),
+            [data_code_hash(entry.task) for entry in study.tasks.values()],
         ),
     message:
         "Predicting what each method asks for"

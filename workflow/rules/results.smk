@@ -56,11 +56,10 @@ rule tables:
     params:
         study=STUDY_FILE,
         titles=study.titles(),
-        depends_on=sources(
-            "fedlm/results/*.py",
-            "methods/*.py",
-            "config/reference.yaml",
-        ),
+        depends_on=[
+            sources("fedlm/results/tables.py", "config/reference.yaml"),
+            methods_used(),
+        ],
     message:
         "Making the tables"
     shell:
@@ -88,11 +87,7 @@ rule figures:
     params:
         study=STUDY_FILE,
         titles=study.titles(),
-        depends_on=sources(
-            "fedlm/results/*.py",
-            "fedlm/data/partition.py",
-            "methods/*.py",
-        ),
+        depends_on=[sources("fedlm/results/figures.py"), methods_used()],
     message:
         "Drawing the figures"
     shell:
