@@ -171,9 +171,16 @@ def tables(
     root = _folders(study, results).root
     expected, titles = list(study.runs()), study.titles()
     if show:
-        print(terminal(root / "runs.parquet", expected, titles))
+        print(terminal(root / "runs.parquet", expected, titles, study.found.controls()))
         return
-    table_module.make(root / "runs.parquet", root / "rounds.parquet", expected, titles, root / "tables")
+    table_module.make(
+        root / "runs.parquet",
+        root / "rounds.parquet",
+        expected,
+        titles,
+        root / "tables",
+        controls=study.found.controls(),
+    )
 
 
 @app.command()
@@ -194,6 +201,7 @@ def figures(
         study.titles(),
         destination / study.study,
         list(study.runs()),
+        controls=study.found.controls(),
     )
 
 

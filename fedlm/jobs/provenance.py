@@ -8,40 +8,42 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from fedlm.data.task import Task
+from fedlm.federation.method import Method
+from fedlm.study.plugins import ROOT, files_of
+
 # What a run executes; what checks, compiles and draws records does not change them.
 EXECUTED = ("base", "measure", "models", "data", "exchange", "federation")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
 
 
 @cache
-def code_hash(method: str, task: str) -> str:
+def code_hash(method: type[Method], task: type[Task]) -> str:
     """Return the SHA-256 of the source that a record of this method and this kind of task depends on."""
     paths = [path for package in EXECUTED for path in (ROOT / "fedlm" / package).glob("*.py")]
-    return _hash_of([*paths, ROOT / "methods" / f"{method}.py", _task_file(task)])
+    return _hash_of([*paths, *files_of(method), *files_of(task)])
 
 
 @cache
-def data_code_hash(task: str) -> str:
+def data_code_hash(task: type[Task]) -> str:
     """Return the SHA-256 of the source that a prepared task depends on."""
     paths = [
         path for package in ("base", "models", "data") for path in (ROOT / "fedlm" / package).glob("*.py")
     ]
-    return _hash_of([*paths, _task_file(task)])
-
-
-def _task_file(task: str) -> Path:
-    from fedlm.study.plugins import discover_tasks
-
-    return ROOT / "tasks" / f"{discover_tasks()[task].__module__.rpartition('.')[2]}.py"
+    return _hash_of([*paths, *files_of(task)])
 
 
 def _hash_of(paths: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
+    for name, path in sorted((_name(path), path) for path in set(paths)):
+        digest.update(f"{name}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _name(path: Path) -> str:
+    """Return what the hash calls a file: where a plug-in lies is no part of what it does."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else f"plugins/{path.name}"
 
 
 @cache

@@ -12,7 +12,6 @@ from fedlm.base.errors import FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
 from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance
-from fedlm.study.plugins import discover_tasks
 from fedlm.study.study import Run, RunConfig, Study
 
 RESULTS = Path("results")
@@ -50,14 +49,10 @@ def prepare(study: Study, task: str, folders: Folders):
     """Tokenise a task once; return the prepared data."""
     from fedlm.data.tokenising import prepare
 
-    if task not in study.tasks:
-        raise UserError(f"task: {task!r} is not in the study; allowed: {', '.join(study.tasks)}")
-    entry = study.tasks[task]
+    source = study.task(task)
     origin = folders.task(task) / "origin.json"
     origin.unlink(missing_ok=True)
-    made = prepare(
-        discover_tasks()[entry.task](entry.settings), entry.model or study.model, folders.task(task)
-    )
+    made = prepare(source, study.tasks[task].model or study.model, folders.task(task))
     write_atomically(origin, _origin(study, task).encode())
     return made
 
@@ -66,14 +61,14 @@ def _origin(study: Study, task: str) -> str:
     """Return what a prepared task depends on: its settings, the model, the reader's own files of both."""
     entry = study.tasks[task]
     model = entry.model or study.model
-    files = [*discover_tasks()[entry.task](entry.settings).files(), *model.files()]
+    files = [*study.task(task).files(), *model.files()]
     return json.dumps(
         {
             "task": entry.task,
             "settings": entry.settings.model_dump(mode="json"),
             "model": model.model_dump(mode="json"),
             "files": {str(path): _file_hash(path, *_stamp(path)) for path in files if path.is_file()},
-            "code": provenance.data_code_hash(entry.task),
+            "code": provenance.data_code_hash(study.found.tasks[entry.task]),
         },
         sort_keys=True,
     )
@@ -190,7 +185,7 @@ def _hashes(study: Study, run: Run, folders: Folders) -> dict[str, str]:
     prepared = json.loads((folders.task(run.task) / "task.json").read_text())
     return {
         "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
-        "code_sha256": provenance.code_hash(config.method, config.task),
+        "code_sha256": provenance.code_hash(config.method_class, config.task_class),
         "origin_sha256": sha256(_origin(study, run.task).encode()),
         "data_sha256": prepared["sha256"],
         "partition_sha256": sha256(folders.partition(run.task, run.partition, run.seed)),
@@ -231,7 +226,6 @@ def _train(
     from fedlm.federation.loop import Federation
     from fedlm.jobs import record
     from fedlm.models import loading
-    from fedlm.study.plugins import discover_methods
 
     # Transformers speaks to its own developers through peft's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -241,7 +235,7 @@ def _train(
     if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:
         raise FailedRun(f"{run.path}: the data of {run.task} were made again meanwhile; run again")
     model = loading.load(config.model, data.kind, data.num_labels, run.seed)
-    method = discover_methods()[config.method](config.method_settings, len(divided.parts), run.seed)
+    method = config.method_class(config.method_settings, len(divided.parts), run.seed)
     hashes = {**hashes, "model_sha256": loading.fingerprint(model)}
     federation = Federation(
         method,

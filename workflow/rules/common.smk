@@ -14,7 +14,7 @@ import fedlm.study.reading
 from fedlm.study.check import check
 from fedlm.base.errors import UserError
 from fedlm.jobs.provenance import code_hash
-from fedlm.study.plugins import discover_tasks
+from fedlm.study.plugins import files_of
 
 # The jobs run this Python and this repository, whatever PATH and working directory are. glibc would hand a large
 # tensor's memory back to the system at each step and fault it in again: a sixth of the time of a small model's step.
@@ -87,22 +87,24 @@ def digest(*parts):
 @cache
 def sources(*patterns):
     """Return a hash of the source files that match the patterns below the repository's root."""
-    paths = sorted(
-        path for pattern in patterns for path in Path(workflow.basedir).glob(pattern)
+    return hashes(
+        sorted(
+            path
+            for pattern in patterns
+            for path in Path(workflow.basedir).glob(pattern)
+        )
     )
+
+
+def hashes(paths):
+    """Return a hash of the content of files."""
     return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
-
-
-def task_of(label):
-    """Return the task that a label of the study names."""
-    entry = study.tasks[label]
-    return discover_tasks()[entry.task](entry.settings)
 
 
 def own_files(wildcards):
     """Return the reader's own files of a task and its model: when they change, all after them is made again."""
     model = study.tasks[wildcards.task].model or study.model
-    return [str(path) for path in (*task_of(wildcards.task).files(), *model.files())]
+    return [str(path) for path in (*study.task(wildcards.task).files(), *model.files())]
 
 
 @cache
@@ -115,11 +117,9 @@ def prepare_depends_on(task):
         settings,
         model,
         sources(
-            "fedlm/data/prepared.py",
-            "fedlm/data/task.py",
-            "fedlm/data/tokenising.py",
-            "tasks/*.py",
+            "fedlm/data/prepared.py", "fedlm/data/task.py", "fedlm/data/tokenising.py"
         ),
+        hashes(files_of(study.found.tasks[entry.task])),
     )
 
 
@@ -146,7 +146,7 @@ def partition_depends_on(task, partition):
 def run_depends_on(task, partition, method):
     """Return a hash of the settings and sources that all seeds of a run depend on."""
     run = study.run(task, partition, method, study.seeds[0])
-    return digest(run.resolved(), code_hash(run.method, run.task))
+    return digest(run.resolved(), code_hash(run.method_class, run.task_class))
 
 
 def bundles(runs, largest):
