@@ -11,7 +11,7 @@ import pytest
 import tiny_study
 
 from fedlm.base.errors import UserError
-from fedlm.costs import report
+from fedlm.costs import cases
 from fedlm.jobs import running
 from fedlm.jobs.rerun import read, rerun
 from fedlm.study import plugins, yaml_files
@@ -121,8 +121,8 @@ def test_a_run_of_plugins_is_made_made_again_and_costed(tmp_path, monkeypatch, c
     assert record["plugins"] == ["mine"] and str(tmp_path) not in json.dumps(record["plugins"])
     assert record["config"]["method"]["method"] == "biases"
     assert rerun(folders.record(run)) == []
-    cases = report.of_study(study)
-    costs = report.cost_all(cases)
+    asked = cases.of_study(study)
+    costs = cases.cost_all(asked)
     assert costs[0].upload_bytes == record["upload_bytes"]
 
     (tmp_path / "mine").rename(tmp_path / "moved")

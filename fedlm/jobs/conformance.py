@@ -5,6 +5,7 @@ The tests are those of `tests/test_methods.py`, which run on every method of the
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _why(report) -> str:
     if crash is None:
         lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
         return lines[-1].strip() if lines else "no reason was given"
-    message = crash.message.splitlines()[0].removeprefix("AssertionError: ")
+    message = re.sub(r"^(AssertionError|fedlm\.base\.errors\.\w+): ", "", crash.message.splitlines()[0])
     return f"{message} ({_short(Path(crash.path))}, line {crash.lineno})"
 
 
