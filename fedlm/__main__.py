@@ -130,14 +130,19 @@ def rerun(
     results: Annotated[
         Path | None, typer.Option(help="New folder for what it makes; else none is kept.")
     ] = None,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder of the run's plug-ins; repeatable. [where the record says]"),
+    ] = None,
 ) -> None:
     """Make a recorded run again from its record alone, and say whether the same comes out.
 
+    The code of plug-ins that the record names runs, as that of a study's does.
     The exit status is 0 if the final payload, scores, bytes, FLOPs and memory are the same, 1 if not.
     """
     from fedlm.jobs.rerun import rerun as make_again
 
-    raise typer.Exit(1 if make_again(record, results) else 0)
+    raise typer.Exit(1 if make_again(record, results, plugins) else 0)
 
 
 @app.command()
@@ -191,9 +196,16 @@ def tables(
     root = _folders(study, results).root
     expected, titles = list(study.runs()), study.titles()
     if show:
-        print(terminal(root / "runs.parquet", expected, titles))
+        print(terminal(root / "runs.parquet", expected, titles, study.found.controls()))
         return
-    table_module.make(root / "runs.parquet", root / "rounds.parquet", expected, titles, root / "tables")
+    table_module.make(
+        root / "runs.parquet",
+        root / "rounds.parquet",
+        expected,
+        titles,
+        root / "tables",
+        controls=study.found.controls(),
+    )
 
 
 @app.command()
@@ -214,6 +226,7 @@ def figures(
         study.titles(),
         destination / study.study,
         list(study.runs()),
+        controls=study.found.controls(),
     )
 
 
@@ -302,20 +315,43 @@ def costs(
     raise typer.Exit(2 if failures else 0)
 
 
+@app.command("test-method")
+def test_method(
+    path: Annotated[Path, typer.Argument(help="A Python file with one method, anywhere.")],
+    settings: Annotated[
+        str, typer.Option(help="Settings of the method as JSON, such as '{\"rank\": 4}'. [its defaults]")
+    ] = "{}",
+) -> None:
+    """Check a method on tiny models: what each method of this repository must do. Runs the file's code.
+
+    Prints a line for each check. The exit status is 0 if all pass, 1 if one fails.
+    """
+    from fedlm.jobs import conformance
+
+    raise typer.Exit(0 if conformance.test_method(path, settings) else 1)
+
+
+PluginFolders = Annotated[
+    list[str] | None, typer.Option("--plugins", help="Folder with more of them; repeatable. Its code runs.")
+]
+
+
 @app.command()
-def methods() -> None:
+def methods(plugins: PluginFolders = None) -> None:
     """List the methods, with reference and one line each."""
-    from fedlm.study.plugins import discover_methods
+    from fedlm.study.plugins import find
 
-    _list((name, kind.title, kind.reference, _first_line(kind)) for name, kind in discover_methods().items())
+    found = find([Path(folder) for folder in plugins or ()]).methods
+    _list((name, kind.title, kind.reference, _first_line(kind)) for name, kind in found.items())
 
 
 @app.command()
-def tasks() -> None:
+def tasks(plugins: PluginFolders = None) -> None:
     """List the tasks, with where their data come from."""
-    from fedlm.study.plugins import discover_tasks
+    from fedlm.study.plugins import find
 
-    _list((name, kind.title, kind.kind, kind.reference) for name, kind in discover_tasks().items())
+    found = find([Path(folder) for folder in plugins or ()]).tasks
+    _list((name, kind.title, kind.kind, kind.reference) for name, kind in found.items())
 
 
 @app.command()

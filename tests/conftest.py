@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--method-file", help="test this method instead of those of the folder")
+    parser.addoption("--method-settings", default="{}", help="its settings, as JSON")
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A folder for tiny models, one for the whole session."""

@@ -8,7 +8,7 @@ import torch
 import worlds
 
 from fedlm.base.errors import UserError
-from fedlm.study.plugins import discover_methods
+from fedlm.study.plugins import discover_methods, find
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 
@@ -16,8 +16,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 def test_the_example_of_the_page_runs(tmp_path, place):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     (tmp_path / "fedbitfit.py").write_text(code)
-    found = discover_methods(tmp_path)
-    assert list(found) == ["fedbitfit"]
+    found = find([tmp_path]).methods
+    assert found.keys() - discover_methods().keys() == {"fedbitfit"}
     run = worlds.federation(found["fedbitfit"], place)
     run.run()
     assert all(name.endswith("bias") or "classifier" in name for name in run.method.exchanged)

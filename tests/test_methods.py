@@ -1,4 +1,11 @@
-"""Conformance: what every method found in the folder must do, on a tiny random model."""
+"""Conformance: what every method must do, on a tiny random model.
+
+The methods are those of the folder, or the one in the file that `--method-file` names:
+`python -m fedlm test-method PATH` runs these tests on it and prints their names, so each name is a sentence.
+"""
+
+import json
+from pathlib import Path
 
 import numpy
 import pytest
@@ -7,9 +14,9 @@ import worlds
 
 from fedlm.exchange import payload
 from fedlm.federation.checkpoint import Checkpoints
-from fedlm.study.plugins import discover_methods
+from fedlm.federation.method import Method
+from fedlm.study.plugins import discover_methods, method_in
 
-METHODS = sorted(discover_methods())
 SETTINGS = {
     "fedcybgd": [
         {"order": "random"},
@@ -24,48 +31,61 @@ SETTINGS = {
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
     "fedprompt": [{"form": f, "tokens": 4} for f in ("prefix", "prefix_projected", "p_tuning")],
 }
-CASES = [(name, {}) for name in METHODS]
-CASES += [(name, settings) for name in METHODS for settings in SETTINGS.get(name, [])]
-IDS = [f"{name}-{'-'.join(map(str, settings.values()))}" for name, settings in CASES]
-KINDS = [
-    (name, family, kind)
-    for name in METHODS
-    for family, kind in [
-        ("bert", "classification"),
-        ("gpt2", "classification"),
-        ("roberta", "regression"),
-        ("llama", "causal"),
-        ("bert", "question_answering"),
-    ]
-    if kind in discover_methods()[name].kinds
-    # A decoder's classifier finds the last token by its number, which soft prompts do not have.
-    and (name, family, kind) != ("fedprompt", "gpt2", "classification")
+FAMILIES = [
+    ("bert", "classification"),
+    ("gpt2", "classification"),
+    ("roberta", "regression"),
+    ("llama", "causal"),
+    ("bert", "question_answering"),
 ]
 
 
-def defaults(name: str, settings: dict) -> dict:
-    return {"tokens": 4, **settings} if name == "fedprompt" else settings
+def pytest_generate_tests(metafunc):
+    """Parametrise over the methods; with one from outside, over the settings that the command line gives."""
+    file = metafunc.config.getoption("--method-file")
+    given = json.loads(metafunc.config.getoption("--method-settings"))
+    methods = [method_in(Path(file))] if file else [kind for _, kind in sorted(discover_methods().items())]
+    cases = []
+    for method in methods:
+        plain = {"tokens": 4} if method.name == "fedprompt" else given
+        cases += [(method, plain)]
+        cases += [(method, {**plain, **settings}) for settings in SETTINGS.get(method.name, [])]
+    if "case" in metafunc.fixturenames:
+        ids = [f"{method.name}-{'-'.join(map(str, settings.values()))}" for method, settings in cases]
+        metafunc.parametrize("case", cases, ids=ids, indirect=True, scope="module")
+    if "family" in metafunc.fixturenames:
+        plain = dict(reversed(cases))
+        kinds = [
+            (method, plain[method], family, kind)
+            for method in methods
+            for family, kind in FAMILIES
+            if kind in method.kinds
+            # A decoder's classifier finds the last token by its number, which soft prompts do not have.
+            and (method.name, family, kind) != ("fedprompt", "gpt2", "classification")
+        ]
+        ids = [f"{method.name}-{family}-{kind}" for method, _, family, kind in kinds]
+        metafunc.parametrize(("method", "settings", "family", "kind"), kinds, ids=ids)
 
 
-@pytest.fixture(scope="module", params=list(zip(CASES, IDS, strict=True)), ids=IDS)
-def case(request, place):
-    (name, settings), _ = request.param
-    run = worlds.federation(name, place, **defaults(name, settings))
+@pytest.fixture(scope="module")
+def case(request, place) -> tuple[type[Method], dict, worlds.Federation]:
+    """A method, its settings, and a finished run of it."""
+    method, settings = request.param
+    run = worlds.federation(method, place, **settings)
     run.run()
-    return name, defaults(name, settings), run
+    return method, settings, run
 
 
-@pytest.mark.parametrize(("name", "family", "kind"), KINDS)
-def test_a_round_runs_on_every_kind_of_task_that_the_method_claims(name, family, kind, place):
-    run = worlds.federation(name, place, family=family, kind=kind, rounds=1, **defaults(name, {}))
+def test_a_round_runs_on_every_kind_of_task_that_the_method_claims(method, settings, family, kind, place):
+    run = worlds.federation(method, place, family=family, kind=kind, rounds=1, **settings)
     run.run()
-    assert numpy.isfinite(run.test[run.data.metric])
-    assert run.rounds[0]["train_loss"] > 0
+    assert numpy.isfinite(run.test[run.data.metric]), "the score is not a finite number"
+    assert run.rounds[0]["train_loss"] > 0, "the training loss is 0, as where a turn trains nothing"
 
 
 def test_what_is_trained_changes_and_nothing_else_does(case):
-    name, settings, run = case
-    if name == "local_only":
+    method, settings, run = case
+    if run.server.kept and not run.server.version:  # nothing is merged: each client has its own model
         changed = {n for kept in run.server.kept.values() for n in kept}
         assert changed == set(run.method.exchanged)
         for kept in run.server.kept.values():
@@ -78,7 +98,9 @@ def test_what_is_trained_changes_and_nothing_else_does(case):
         for segment in run.method.segments(client, turn, 100)
     ]
     claimed = {name for segment in segments for name in segment.trainable}
-    assert claimed <= set(run.method.exchanged)
+    assert claimed, "no client trains any parameter"
+    foreign = claimed - set(run.method.exchanged)
+    assert not foreign, f"trained, but frozen by `adapt`: {some(foreign)}"
     changed = {
         name
         for name in run.method.exchanged
@@ -88,39 +110,84 @@ def test_what_is_trained_changes_and_nothing_else_does(case):
         claimed |= {name for name in run.method.exchanged if "base_layer" in name}
     if settings.get("variant") == "fedsa":
         claimed = {name for name in claimed if "lora_B" not in name}
-    assert changed <= claimed
+    assert changed <= claimed, f"changed on the server, but trained by no client: {some(changed - claimed)}"
     # A key's bias has no influence on attention, so its gradient is nothing but rounding.
     still = {
         n for n in claimed - changed if "key.bias" not in n and "token_type" not in n and "pooler" not in n
     }
     if settings.get("switch_every"):  # few steps do not reach all blocks
         still = {name for name in still if ".2." not in name}
-    assert not still
+    assert not still, f"trained by a client, but unchanged on the server: {some(still)}"
+
+
+def some(names) -> str:
+    """Return the first names, and how many there are."""
+    return f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"
+
+
+def uploads(method, place, settings, **changes) -> list[tuple[set[str], dict, dict]]:
+    """Return of each turn the names trained, their values afterwards, and what is uploaded."""
+    run = worlds.federation(method, place, rounds=1, **settings, **changes)
+    upload, found = run.method.upload, []
+
+    def noted(turn):
+        segments = run.method.segments(turn.client, turn.round, turn.steps)
+        trained = {name for segment in segments for name in segment.trainable}
+        values = {name: value.clone() for name, value in turn.values(sorted(trained)).items()}
+        sent = upload(turn)
+        found.append((trained, values, {name: value.detach().clone() for name, value in sent.items()}))
+        return sent
+
+    run.method.upload = noted
+    run.run()
+    return found
+
+
+def test_an_upload_is_what_the_client_trained(case, place):
+    """Or, where the method has a merge of its own for it, depends on what the client trained."""
+    method, settings, _ = case
+    turns = uploads(method, place, settings)
+    faults = []
+    for trained, values, sent in turns:
+        names = {name for name in sent if "@" not in name}  # the optimizer's state of a parameter has an @
+        if names - trained:
+            faults.append(f"uploaded, but not trained in this turn: {some(names - trained)}")
+        wrong = {name for name in names & trained if not torch.equal(sent[name], values[name])}
+        if wrong:
+            faults.append(f"the uploaded values are not those that the client trained: {some(wrong)}")
+    assert turns
+    if method.merge is Method.merge:
+        assert not faults, faults[0]
+    elif faults:
+        others = uploads(method, place, settings, training={"learning_rate": 3e-3})
+        for (*_, one), (*_, other) in zip(turns, others, strict=True):
+            depends = any(not torch.equal(one[name], other[name]) for name in one.keys() & other.keys())
+            assert depends, "the upload is the same whatever the client trains"
 
 
 def test_frozen_parameters_of_the_resident_model_never_change(case, place):
-    name, settings, run = case
-    fresh = worlds.federation(name, place, **settings)
+    method, settings, run = case
+    fresh = worlds.federation(method, place, **settings)
     for parameter, value in run.model.named_parameters():
         if parameter not in run.method.exchanged:
             assert torch.equal(value, dict(fresh.model.named_parameters())[parameter]), parameter
 
 
 def test_two_runs_with_one_seed_give_the_same_bytes(case, place):
-    name, settings, run = case
+    method, settings, run = case
     torch.rand(7)  # what happened before on the global generator must not matter
-    again = worlds.federation(name, place, **settings)
+    again = worlds.federation(method, place, **settings)
     again.run()
     assert payload.encode(again.server.tensors).sha256() == payload.encode(run.server.tensors).sha256()
-    assert books(again) == books(run)
+    assert outcome(again) == outcome(run)
 
 
 def test_a_resumed_run_gives_the_same_bytes(case, place, tmp_path):
-    name, settings, run = case
-    interrupted = worlds.federation(name, place, rounds=2, **settings)
+    method, settings, run = case
+    interrupted = worlds.federation(method, place, rounds=2, **settings)
     interrupted.settings = interrupted.settings.model_copy(update={"rounds": 1})
     checkpoints = Checkpoints(tmp_path, "fingerprint", print)
-    full = worlds.federation(name, place, **settings)
+    full = worlds.federation(method, place, **settings)
 
     class Killed(Exception):
         pass
@@ -129,22 +196,22 @@ def test_a_resumed_run_gives_the_same_bytes(case, place, tmp_path):
         if line.startswith("round 2"):
             raise Killed
 
-    first = worlds.federation(name, place, log=stop, **settings)
+    first = worlds.federation(method, place, log=stop, **settings)
     with pytest.raises(Killed):
         first.run(checkpoints)
     full.run(checkpoints)
     assert payload.encode(full.server.tensors).sha256() == payload.encode(run.server.tensors).sha256()
-    assert books(full) == books(run)
+    assert outcome(full) == outcome(run)
 
 
-def books(run) -> tuple:
+def outcome(run) -> tuple:
     """Return everything but times."""
     rounds = [{key: value for key, value in row.items() if key != "seconds"} for row in run.rounds]
     return rounds, run.test, run.baseline, run.flops, run.ledger.broadcast, run.instruments.memory
 
 
 def test_the_ledger_is_the_length_of_what_was_sent(case, place, monkeypatch):
-    name, settings, run = case
+    method, settings, run = case
     sent = []
     encode = payload.encode
 
@@ -154,7 +221,7 @@ def test_the_ledger_is_the_length_of_what_was_sent(case, place, monkeypatch):
         return message
 
     monkeypatch.setattr(payload, "encode", recorded)
-    again = worlds.federation(name, place, **settings)
+    again = worlds.federation(method, place, **settings)
     again.run()
     assert sum(sent) == again.ledger.upload + again.ledger.download
     rows = [row for turn in again.rounds for row in turn["payloads"]]
@@ -165,8 +232,8 @@ def test_the_ledger_is_the_length_of_what_was_sent(case, place, monkeypatch):
 
 def test_nothing_but_payloads_changes_hands(case, place):
     """A client's copy is rebuilt from what it received: rubbish left in the resident model has no effect."""
-    name, settings, run = case
-    dirty = worlds.federation(name, place, **settings)
+    method, settings, run = case
+    dirty = worlds.federation(method, place, **settings)
     turn = dirty._turn
 
     def spoiled(client, round):
@@ -182,8 +249,8 @@ def test_nothing_but_payloads_changes_hands(case, place):
 
 def test_the_cohort_starts_from_one_server_state(case, place):
     """No turn of a cohort sees what another of the same cohort uploaded."""
-    name, settings, _ = case
-    run = worlds.federation(name, place, **settings)
+    method, settings, _ = case
+    run = worlds.federation(method, place, **settings)
     seen: dict = {}
     send = run.link.send
 

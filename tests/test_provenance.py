@@ -111,10 +111,12 @@ HASHES = """
 import json, sys
 from pathlib import Path
 from fedlm.jobs import provenance
+from fedlm.study.plugins import discover_methods, discover_tasks
 def hashes():
     for cached in (provenance.code_hash, provenance.data_code_hash, provenance.plugin_files):
         cached.cache_clear()
-    return provenance.code_hash("fedavg", "files"), provenance.data_code_hash("files")
+    method, task = discover_methods()["fedavg"], discover_tasks()["files"]
+    return provenance.code_hash(method, task), provenance.data_code_hash(task)
 found = {"": hashes()}
 for name, path, text in json.load(open("edits.json")):
     before = Path(path).read_text()

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from fedlm.base.errors import UserError
 from fedlm.base.files import write_atomically
 from fedlm.costs.prediction import Costs, StatedBatches, predict
-from fedlm.federation.method import MethodConfig
+from fedlm.federation.method import Method, MethodConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import ModelConfig
 from fedlm.models.loading import build_config, max_positions
-from fedlm.study.plugins import discover_methods, discover_tasks
+from fedlm.study.plugins import discover_methods, file_of, find, is_own
 from fedlm.study.study import Study
 
 CORE = ("fedavg", "fedcybgd", "fedlora", "fedprompt")
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     title: str
     config: ModelConfig
     name: str  # of the method's file
+    method_class: type[Method]
     settings: MethodConfig
     kind: str
     num_labels: int
@@ -48,7 +49,7 @@ class Case(NamedTuple):
 
     def key(self) -> str:
         """Return a text that is equal for cases of equal costs."""
-        values = self._asdict() | dict.fromkeys(("task", "model", "method", "title"))
+        values = self._asdict() | dict.fromkeys(("task", "model", "method", "title", "method_class"))
         for name in ("config", "settings", "federation", "training"):
             values[name] = values[name].model_dump(mode="json")
         return json.dumps(values, sort_keys=True)
@@ -99,6 +100,7 @@ def stated(
         title=methods[method].title,
         config=config,
         name=method,
+        method_class=methods[method],
         settings=methods[method].Config(payload=payload),
         kind=kind,
         num_labels=1 if kind in ("regression", "causal") else 2,
@@ -162,12 +164,12 @@ def of_study(study: Study, steps: int = 10, for_requests: bool = False) -> list[
     A turn has the study's local_steps, or else `steps`, since how many examples there are is not known.
     `for_requests` leaves out rounds that would only count more bytes.
     """
-    tasks, cases = discover_tasks(), []
+    cases = []
     pairs = dict.fromkeys((run.task, run.partition, run.method) for run in study.runs())
     first = {(task, method): partition for task, partition, method in reversed(pairs)}
     for task, method in dict.fromkeys((task, method) for task, _, method in pairs):
         run = study.run(task, first[task, method], method, study.seeds[0])
-        kind = tasks[run.task](run.task_settings)
+        kind = study.task(task)
         federation = run.federation
         participants = 1.0
         if for_requests:
@@ -186,6 +188,7 @@ def of_study(study: Study, steps: int = 10, for_requests: bool = False) -> list[
                 title=study.methods[method].title,
                 config=run.model,
                 name=run.method,
+                method_class=run.method_class,
                 settings=run.method_settings,
                 kind=kind.kind,
                 num_labels=labels or (2 if kind.kind in ("classification", "question_answering") else 1),
@@ -204,7 +207,7 @@ def cost(case: Case, positions: int | None) -> Costs:
     # Transformers and peft speak to their own developers.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    method = discover_methods()[case.name](case.settings, case.federation.clients, 0)
+    method = case.method_class(case.settings, case.federation.clients, 0)
     shape = build_config(case.config, case.kind, case.num_labels)
     most = max_positions(case.config)
     room = case.length if most is None else min(case.length, most - method.virtual_tokens())
@@ -238,7 +241,9 @@ def cost_all(
     order = sorted(distinct, key=lambda key: -_weight(distinct[key]))
     found: dict[str, Costs | UserError] = {}
     processes = min(processes or len(os.sched_getaffinity(0)), len(order))
-    with ProcessPoolExecutor(processes, initializer=_one_thread) as pool:
+    kinds = {case.method_class for case in cases}
+    outside = sorted({file_of(kind).parent for kind in kinds if not is_own(kind)})
+    with ProcessPoolExecutor(processes, initializer=_begin, initargs=[outside]) as pool:
         futures = {pool.submit(_guarded, distinct[key], positions): key for key in order}
         for number, future in enumerate(as_completed(futures), 1):
             case, found[futures[future]] = distinct[futures[future]], future.result()
@@ -267,10 +272,12 @@ def _weight(case: Case) -> int:
     return shape.num_hidden_layers * (4 if case.name == "fedcybgd" else 1)
 
 
-def _one_thread() -> None:
+def _begin(plugin_folders: Sequence[Path]) -> None:
+    """Prepare a process for its cases: one thread, and plug-ins imported, whose classes cases bring along."""
     import torch
 
     torch.set_num_threads(1)
+    find(plugin_folders)
 
 
 def requests(cases: Sequence[Case], costs: Sequence[Costs | UserError]) -> dict[str, dict[str, int]]:

@@ -9,9 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 from fedlm.base.files import sha256
+from fedlm.data.task import Task
+from fedlm.federation.method import Method
 from fedlm.jobs import sources
 from fedlm.jobs.sources import ROOT, of_packages, syntax_hash, with_imports
-from fedlm.study.plugins import discover_methods, discover_tasks, file_of
+from fedlm.study.plugins import files_of
 
 # What a run executes; what checks, compiles and draws records does not change them.
 EXECUTED = ("base", "measure", "models", "data", "exchange", "federation")
@@ -21,27 +23,26 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 
 @cache
-def code_hash(method: str, task: str) -> str:
+def code_hash(method: type[Method], task: type[Task]) -> str:
     """Return the SHA-256 of the meaning of all code that a run of this method and this task executes."""
     return syntax_hash([*of_packages(EXECUTED), *plugin_files(method, task)])
 
 
 @cache
-def data_code_hash(task: str) -> str:
+def data_code_hash(task: type[Task]) -> str:
     """Return the SHA-256 of the meaning of all code that prepares and divides a task."""
     known = of_packages(PREPARING)
-    return syntax_hash([*known, *with_imports([file_of(discover_tasks()[task])], known)])
+    return syntax_hash([*known, *with_imports(files_of(task), known)])
 
 
 @cache
-def plugin_files(method: str, task: str) -> list[Path]:
+def plugin_files(method: type[Method], task: type[Task]) -> list[Path]:
     """Return the files of a method and a task, and those that they import beside what every run executes."""
-    files = [file_of(discover_methods()[method]), file_of(discover_tasks()[task])]
-    return with_imports(files, of_packages(EXECUTED))
+    return with_imports([*files_of(method), *files_of(task)], of_packages(EXECUTED))
 
 
 @cache
-def source(method: str, task: str) -> dict[str, object]:
+def source(method: type[Method], task: type[Task]) -> dict[str, object]:
     """Return `commit`, `dirty` and `untracked` of the source that a run of this method and task executes."""
     return source_of(plugin_files(method, task))
 

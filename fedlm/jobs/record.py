@@ -42,6 +42,7 @@ def build(
         "method": config.method_label,
         "seed": config.seed,
         "config": config.resolved(),
+        "plugins": config.plugins(),
         "metric": data.metric,
         "greater_is_better": data.greater_is_better,
         "test": federation.test,

@@ -33,16 +33,17 @@ CAUSES = {
 }
 
 
-def rerun(path: Path, results: Path | None = None) -> list[str]:
+def rerun(path: Path, results: Path | None = None, plugins: list[str] | None = None) -> list[str]:
     """Make the run of a record again; return the names of what came out different, none if it is the same.
 
     `results` is the folder for what the run makes; a temporary one by default. It must not hold the run
-    already, or its finished record would be put back.
+    already, or its finished record would be put back. `plugins` are the folders of the run's plug-ins; by
+    default where the record says that they were, as seen from the working directory.
 
     Raises UserError where the file is no record, or what it names is not to be had here.
     """
     before = read(path)
-    study = of_record(before)
+    study = of_record(before, plugins)
     run = Run(before["task"], before["partition"], before["method"], before["seed"])
     from fedlm.study.check import check
 

@@ -13,7 +13,6 @@ from fedlm.base.errors import FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
 from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance, record
-from fedlm.study.plugins import discover_tasks
 from fedlm.study.study import Run, RunConfig, Study
 
 RESULTS = Path("results")
@@ -55,14 +54,10 @@ def prepare(study: Study, task: str, folders: Folders):
     """Tokenise a task once; return the prepared data."""
     from fedlm.data.tokenising import prepare
 
-    if task not in study.tasks:
-        raise UserError(f"task: {task!r} is not in the study; allowed: {', '.join(study.tasks)}")
-    entry = study.tasks[task]
+    source = study.task(task)
     origin = folders.task(task) / "origin.json"
     origin.unlink(missing_ok=True)
-    made = prepare(
-        discover_tasks()[entry.task](entry.settings), entry.model or study.model, folders.task(task)
-    )
+    made = prepare(source, study.tasks[task].model or study.model, folders.task(task))
     write_atomically(origin, _origin(study, task).encode())
     return made
 
@@ -71,14 +66,14 @@ def _origin(study: Study, task: str) -> str:
     """Return what a prepared task depends on: its settings, the model, the reader's own files of both."""
     entry = study.tasks[task]
     model = entry.model or study.model
-    files = [*discover_tasks()[entry.task](entry.settings).files(), *model.files()]
+    files = [*study.task(task).files(), *model.files()]
     return json.dumps(
         {
             "task": entry.task,
             "settings": entry.settings.model_dump(mode="json"),
             "model": model.model_dump(mode="json"),
             "files": {str(path): _file_hash(path, *_stamp(path)) for path in files if path.is_file()},
-            "code": provenance.data_code_hash(entry.task),
+            "code": provenance.data_code_hash(study.found.tasks[entry.task]),
         },
         sort_keys=True,
     )
@@ -111,7 +106,7 @@ def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
         return False
     data = json.loads((folders.task(run.task) / "task.json").read_text())["sha256"]
     clients = 1 if config.partition.scheme == "pooled" else config.federation.clients
-    code = provenance.data_code_hash(config.task)
+    code = provenance.data_code_hash(config.task_class)
     asked = (data, code, config.partition, clients)
     return (found.data_sha256, found.code_sha256, found.config, found.clients) == asked
 
@@ -135,7 +130,7 @@ def partition(study: Study, task: str, label: str, seed: int, folders: Folders):
         task=task,
         partition=label,
         data_sha256=data.sha256,
-        code_sha256=provenance.data_code_hash(study.tasks[task].task),
+        code_sha256=provenance.data_code_hash(study.found.tasks[study.tasks[task].task]),
         label_names=data.label_names,
         group_names=data.group_names,
     )
@@ -169,7 +164,7 @@ def execute(
         if made:
             print_line("was finished before; its record is put back")
         else:
-            made = _train(config, run, hashes, folders, print_line)
+            made = _train(config, run, hashes, folders, study.pipeline.checkpoint_seconds, print_line)
             record.write(folders.finished(fingerprint(run.seed, hashes)), made)
         # Not before the record is safe: killed in between, the run would begin again.
         remove_checkpoints(checkpoints)
@@ -210,7 +205,7 @@ def asked_hashes(study: Study, run: Run) -> dict[str, str]:
     config = study.run(*run)
     return {
         "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
-        "code_sha256": provenance.code_hash(config.method, config.task),
+        "code_sha256": provenance.code_hash(config.method_class, config.task_class),
         "origin_sha256": sha256(_origin(study, run.task).encode()),
     }
 
@@ -254,6 +249,7 @@ def _train(
     run: Run,
     hashes: dict[str, str],
     folders: Folders,
+    checkpoint_seconds: float,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Load data, partition and model, run the federation, return the record."""
@@ -261,18 +257,19 @@ def _train(
     from fedlm.federation.checkpoint import Checkpoints
     from fedlm.federation.loop import Federation
     from fedlm.models import loading
-    from fedlm.study.plugins import discover_methods
 
     # Transformers speaks to its own developers through peft's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     started = time.perf_counter()
-    source = provenance.source(config.method, config.task)  # now, not after hours in which files change
+    source = provenance.source(
+        config.method_class, config.task_class
+    )  # now, not after hours in which files change
     data = Prepared.load(folders.task(run.task))
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:
         raise FailedRun(f"{run.path}: the data of {run.task} were made again meanwhile; run again")
     model = loading.load(config.model, data.kind, data.num_labels, run.seed)
-    method = discover_methods()[config.method](config.method_settings, len(divided.parts), run.seed)
+    method = config.method_class(config.method_settings, len(divided.parts), run.seed)
     model_hash = loading.fingerprint(model)
     federation = Federation(
         method,
@@ -287,6 +284,8 @@ def _train(
         progress,
     )
     hashes = {**hashes, "model_sha256": model_hash}
-    federation.run(Checkpoints(folders.checkpoints(run), fingerprint(run.seed, hashes), progress))
+    federation.run(
+        Checkpoints(folders.checkpoints(run), fingerprint(run.seed, hashes), progress, checkpoint_seconds)
+    )
     wall = federation.spent + time.perf_counter() - started
     return record.build(config, federation, source, hashes, divided.skew, wall)

@@ -5,7 +5,6 @@ from fedlm.data import schemes
 from fedlm.data.task import Task
 from fedlm.federation import reducible
 from fedlm.federation.facts import facts
-from fedlm.study.plugins import discover_methods, discover_tasks
 from fedlm.study.study import Study
 from fedlm.study.yaml_files import printable
 
@@ -25,9 +24,8 @@ def check(study: Study) -> None:
 
     if "cuda" in {study.training.device, *(e.training.get("device") for e in study.tasks.values())}:
         attempt("training.device", _require_cuda)
-    tasks, methods = discover_tasks(), discover_methods()
     for label, entry in study.tasks.items():
-        task = tasks[entry.task](entry.settings)
+        task = study.task(label)
         path, kind = f"tasks.{label}", task.kind
         attempt(path, task.check)
         if not any(fault.startswith(f"{path}:") for fault in faults):
@@ -47,7 +45,7 @@ def check(study: Study) -> None:
             )
         served = {name: e for name, e in study.methods.items() if e.tasks is None or label in e.tasks}
         for name, chosen in served.items():
-            kind_of_method = methods[chosen.method]
+            kind_of_method = study.found.methods[chosen.method]
             if kind not in kind_of_method.kinds:
                 faults.append(
                     f"methods.{name}: does not serve {path}, which is {kind}; allowed: "

@@ -16,7 +16,7 @@ from fedlm.study.study import LABEL, MethodEntry, Pipeline, Study, TaskEntry
 from fedlm.study.yaml_files import printable, read_yaml, shown
 
 LARGEST_STUDY = 1_000_000  # runs
-
+MOST_PLUGIN_FOLDERS = 100
 
 LONGEST_LIST = 50  # faults that are told at once
 
@@ -30,10 +30,11 @@ class _Reader:
     def fault(self, path: str, message: str) -> None:
         self.faults.append(f"{path}: {message}")
 
-    def told(self) -> list[str]:
-        """Return the faults, or the first of very many."""
+    def message(self, where: str) -> str:
+        """Return the faults, or the first of very many, one a line."""
         rest = len(self.faults) - LONGEST_LIST
-        return self.faults[:LONGEST_LIST] + ([f"and {rest} more"] if rest > 0 else [])
+        lines = self.faults[:LONGEST_LIST] + ([f"and {rest} more"] if rest > 0 else [])
+        return "\n".join(f"{where}: {line}" for line in lines)
 
     def section(self, values: dict, key: str, default: Any = None) -> Any:
         """Return the non-empty table of labels under `key`."""
@@ -92,11 +93,14 @@ def load(path: str | Path) -> Study:
 
     Raises UserError with one line for each fault: the key's path, the value, what is allowed.
     """
-    return parse(read_yaml(Path(path)), str(path))
+    return parse(read_yaml(Path(path)), str(path), Path(path).parent)
 
 
-def parse(values: dict, where: str = "study") -> Study:
-    """Validate the content of a study file; `where` begins each message."""
+def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
+    """Validate the content of a study file; `where` begins each message.
+
+    `folder` is where the file lies: paths under `plugins` are relative to it. The plug-ins are imported.
+    """
     reader = _Reader()
     known = {
         "study",
@@ -105,6 +109,7 @@ def parse(values: dict, where: str = "study") -> Study:
         "federation",
         "training",
         "pipeline",
+        "plugins",
         "tasks",
         "partitions",
         "methods",
@@ -125,32 +130,46 @@ def parse(values: dict, where: str = "study") -> Study:
         name: reader.parse(f"partitions.{name}", PartitionConfig, {"scheme": name, **entry})
         for name, entry in reader.section(values, "partitions").items()
     }
-    known_tasks = plugins.discover_tasks()
+    found = _plugins(reader, values.get("plugins"), folder)
+    if found is None:  # the names of methods and tasks mean nothing without the plug-ins
+        raise UserError(reader.message(where))
     tasks = {
-        name: _task(reader, name, entry, plain, known_tasks)
+        name: _task(reader, name, entry, plain, found.tasks)
         for name, entry in reader.section(values, "tasks").items()
     }
     methods = {
-        name: _method(reader, name, entry, plain, tasks, partitions)
+        name: _method(reader, name, entry, plain, tasks, partitions, found.methods)
         for name, entry in reader.section(values, "methods").items()
     }
     size = len(tasks) * len(partitions) * len(methods) * len(seeds)
     if size > LARGEST_STUDY:
         reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
     if reader.faults:
-        raise UserError("\n".join(f"{where}: {fault}" for fault in reader.told()))
+        raise UserError(reader.message(where))
     return Study(
-        study=label, seeds=seeds, model=model, tasks=tasks, partitions=partitions, methods=methods, **plain
+        found=found,
+        study=label,
+        seeds=seeds,
+        model=model,
+        tasks=tasks,
+        partitions=partitions,
+        methods=methods,
+        **plain,
     )
 
 
-def of_record(record: dict[str, Any]) -> Study:
-    """Return the study of the one run that a record describes. Raises UserError where it cannot be one."""
+def of_record(record: dict[str, Any], plugins: list[str] | None = None) -> Study:
+    """Return the study of the one run that a record describes.
+
+    `plugins` are the folders of its plug-ins; by default those that the record names. Raises UserError where
+    the record cannot be the one of a run.
+    """
     try:
         found = record["config"]
         values = {key: found[key] for key in ("model", "federation", "training")}
         values |= {f"{key}s": {record[key]: found[key]} for key in ("task", "partition", "method")}
         values |= {"study": record["study"], "seeds": [record["seed"]]}
+        values["plugins"] = record.get("plugins", []) if plugins is None else plugins
     except (KeyError, TypeError) as error:
         raise UserError(f"record: no configuration of a run ({error})") from error
     return parse(values, "record")
@@ -165,6 +184,20 @@ def _seeds(reader: _Reader, seeds: Any) -> list[int]:
         )
         return []
     return seeds
+
+
+def _plugins(reader: _Reader, value: Any, folder: Path) -> plugins.Found | None:
+    """Return the methods and tasks that the study may use; where there is a fault, note it, return None."""
+    good = value is None or isinstance(value, list) and len(value) <= MOST_PLUGIN_FOLDERS
+    if not good or not all(isinstance(path, str) and path and path.isprintable() for path in value or ()):
+        reader.fault("plugins", f"{shown(value)}; allowed: a list of folders")
+        return None
+    try:
+        return plugins.find([folder / path for path in value or ()])
+    except UserError as error:
+        for line in str(error).splitlines():
+            reader.fault("plugins", printable(line, 1000))
+        return None
 
 
 def _model_values(value: Any) -> Any:
@@ -205,11 +238,11 @@ def _task(reader: _Reader, label: str, entry: dict, plain: dict, known: dict) ->
 
 
 def _method(
-    reader: _Reader, label: str, entry: dict, plain: dict, tasks: dict, partitions: dict
+    reader: _Reader, label: str, entry: dict, plain: dict, tasks: dict, partitions: dict, known: dict
 ) -> MethodEntry | None:
     path = f"methods.{label}"
     name = entry.pop("method", label)
-    found = _choice(reader, path, "method", name, plugins.discover_methods())
+    found = _choice(reader, path, "method", name, known)
     only = {
         "tasks": _labels(reader, f"{path}.tasks", entry.pop("tasks", None), tasks),
         "partitions": _labels(reader, f"{path}.partitions", entry.pop("partitions", None), partitions),

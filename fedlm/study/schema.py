@@ -48,6 +48,10 @@ def schema() -> str:
         "training": training,
     }
     names = {"pattern": f"^{LABEL.pattern}$"}
+    entries = {
+        "tasks": labelled("task", plugins.discover_tasks(), task_extra),
+        "methods": labelled("method", plugins.discover_methods(), method_extra),
+    }
     tree = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "fedlm-bench study",
@@ -61,11 +65,14 @@ def schema() -> str:
             "federation": federation,
             "training": training,
             "pipeline": optional(Pipeline),
+            "plugins": {
+                "anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string", "minLength": 1}}],
+                "description": "folders with methods and tasks of one's own, relative to the study file",
+            },
             "tasks": {
                 "type": "object",
                 "propertyNames": names,
                 "minProperties": 1,
-                "additionalProperties": labelled("task", plugins.discover_tasks(), task_extra),
             },
             "partitions": {
                 "type": "object",
@@ -84,9 +91,19 @@ def schema() -> str:
                 "type": "object",
                 "propertyNames": names,
                 "minProperties": 1,
-                "additionalProperties": labelled("method", plugins.discover_methods(), method_extra),
             },
         },
     }
-    tree["$defs"] = definitions
+    # An editor cannot know the settings of plug-ins: with them, an entry may be any table.
+    tree["if"] = {"required": ["plugins"]}
+    tree["then"] = {
+        "properties": {
+            key: {"additionalProperties": {"anyOf": [{"$ref": f"#/$defs/{key}"}, {"type": "object"}]}}
+            for key in entries
+        }
+    }
+    tree["else"] = {
+        "properties": {key: {"additionalProperties": {"$ref": f"#/$defs/{key}"}} for key in entries}
+    }
+    tree["$defs"] = definitions | entries
     return json.dumps(tree, indent=1, sort_keys=True) + "\n"

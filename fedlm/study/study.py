@@ -5,17 +5,21 @@ runs. Settings are looked up from the general to the particular: study, then tas
 overriding single keys of the one before.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, InstanceOf
 
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
 from fedlm.data.schemes import PartitionConfig
+from fedlm.data.task import Task
+from fedlm.federation.method import Method
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import Found, file_of, is_own
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
@@ -72,7 +76,7 @@ class Run(NamedTuple):
 
 
 class RunConfig(Settings):
-    """Everything one run depends on, with no label left to look up."""
+    """Everything one run depends on, with no label or name left to look up."""
 
     study: str
     task_label: str
@@ -80,13 +84,23 @@ class RunConfig(Settings):
     method_label: str
     seed: int
     task: str
+    task_class: type[Task]
     task_settings: Any
     model: ModelConfig
     partition: Any
     method: str
+    method_class: type[Method]
     method_settings: Any
     federation: Federation
     training: Training
+
+    def plugins(self) -> list[str]:
+        """Return the folders from outside the repository that the run's method and task lie in.
+
+        The paths are relative to the working directory, as those of a study's data are.
+        """
+        kinds = (self.method_class, self.task_class)
+        return sorted({os.path.relpath(file_of(kind).parent) for kind in kinds if not is_own(kind)})
 
     def resolved(self) -> dict[str, Any]:
         """Return the configuration as plain values, as a record states it."""
@@ -101,8 +115,12 @@ class RunConfig(Settings):
 
 
 class Study(Settings):
-    """One configuration file: tasks x partitions x methods x seeds."""
+    """One configuration file: tasks x partitions x methods x seeds.
 
+    `found` holds the classes that the names of tasks and methods stand for.
+    """
+
+    found: InstanceOf[Found] = Field(exclude=True, repr=False)
     study: str
     seeds: list[int] = Field(min_length=1, max_length=10_000)
     model: ModelConfig
@@ -140,6 +158,12 @@ class Study(Settings):
         """Return the title of each method label, in the order of the file."""
         return {label: entry.title for label, entry in self.methods.items()}
 
+    def task(self, label: str) -> Task:
+        """Return the task under a label, with its settings. Raises UserError for an unknown label."""
+        _known("task", label, self.tasks)
+        entry = self.tasks[label]
+        return self.found.tasks[entry.task](entry.settings)
+
     def run(self, task: str, partition: str, method: str, seed: int) -> RunConfig:
         """Return the configuration of one run.
 
@@ -156,10 +180,12 @@ class Study(Settings):
             method_label=method,
             seed=seed,
             task=of_task.task,
+            task_class=self.found.tasks[of_task.task],
             task_settings=of_task.settings,
             model=of_task.model or self.model,
             partition=self.partitions[partition],
             method=of_method.method,
+            method_class=self.found.methods[of_method.method],
             method_settings=of_method.settings,
             federation=_merged(self.federation, of_task.federation),
             training=_merged(self.training, of_task.training, of_method.training),

@@ -15,7 +15,7 @@ from fedlm.study.check import check
 from fedlm.base.errors import UserError
 from fedlm.jobs.provenance import code_hash, data_code_hash
 from fedlm.jobs.sources import syntax_hash, with_imports
-from fedlm.study.plugins import discover_methods, discover_tasks, file_of
+from fedlm.study.plugins import files_of
 
 # The jobs run this Python and this repository, whatever PATH and working directory are. glibc would hand a large
 # tensor's memory back to the system at each step and fault it in again: a sixth of the time of a small model's step.
@@ -97,21 +97,15 @@ def sources(*names):
 @cache
 def methods_used():
     """Return a hash of the meaning of the study's method files, which hold titles and what is a control."""
-    known = discover_methods()
     names = {entry.method for entry in study.methods.values()}
-    return syntax_hash(with_imports(file_of(known[name]) for name in names))
-
-
-def task_of(label):
-    """Return the task that a label of the study names."""
-    entry = study.tasks[label]
-    return discover_tasks()[entry.task](entry.settings)
+    files = [path for name in names for path in files_of(study.found.methods[name])]
+    return syntax_hash(with_imports(files))
 
 
 def own_files(wildcards):
     """Return the reader's own files of a task and its model: when they change, all after them is made again."""
     model = study.tasks[wildcards.task].model or study.model
-    return [str(path) for path in (*task_of(wildcards.task).files(), *model.files())]
+    return [str(path) for path in (*study.task(wildcards.task).files(), *model.files())]
 
 
 @cache
@@ -123,7 +117,7 @@ def prepare_depends_on(task):
         entry.task,
         settings,
         model,
-        data_code_hash(entry.task),
+        data_code_hash(study.found.tasks[entry.task]),
     )
 
 
@@ -136,7 +130,7 @@ def partition_depends_on(task, partition):
     return digest(
         settings,
         clients,
-        data_code_hash(study.tasks[task].task),
+        data_code_hash(study.found.tasks[study.tasks[task].task]),
     )
 
 
@@ -144,7 +138,7 @@ def partition_depends_on(task, partition):
 def run_depends_on(task, partition, method):
     """Return a hash of the settings and sources that all seeds of a run depend on."""
     run = study.run(task, partition, method, study.seeds[0])
-    return digest(run.resolved(), code_hash(run.method, run.task))
+    return digest(run.resolved(), code_hash(run.method_class, run.task_class))
 
 
 def bundles(runs, largest):
