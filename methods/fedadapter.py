@@ -4,13 +4,18 @@ Sources: Houlsby et al. 2019, arXiv:1902.00751, section 2; the second place alon
 Pfeiffer et al. 2021, arXiv:2005.00247. peft (0.21) has no such adapter: its tuners change weights or inputs.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig
+
+if TYPE_CHECKING:
+    from fedlm.federation.method import Module, Tensor
 
 
 class FedAdapter(Method):
@@ -32,7 +37,9 @@ class FedAdapter(Method):
             "both", description="after attention and feed-forward, or after the feed-forward only"
         )
 
-    def adapt(self, model, kind):
+    config: Config
+
+    def adapt(self, model: Module, kind: str) -> Module:
         model.requires_grad_(False)
         found = [end for path in self.anatomy.layers for end in self._projections(path, model)]
         for projection in dict.fromkeys(found):  # shared ones are found again in each layer
@@ -42,7 +49,7 @@ class FedAdapter(Method):
             parameter.requires_grad_(name in head or ".adapter." in name)
         return model
 
-    def _projections(self, path, model):
+    def _projections(self, path: str, model: Module) -> list[Module]:
         """Return the linear modules of a layer that end its sub-layers: the attention comes first in all."""
         layer = model.get_submodule(path)
         attention = next(filter(None, map(_linear_modules, layer.children())), [])
@@ -55,7 +62,7 @@ class FedAdapter(Method):
             )
         return found if self.config.placement == "both" else found[-1:]
 
-    def _insert(self, projection, hidden):
+    def _insert(self, projection: Module, hidden: int) -> None:
         from torch import nn
 
         like = {"dtype": projection.weight.dtype, "device": projection.weight.device}
@@ -67,17 +74,17 @@ class FedAdapter(Method):
         projection.register_forward_hook(_adapted)
 
 
-def _adapted(projection, inputs, output):
+def _adapted(projection: Module, inputs: tuple, output: Tensor) -> Tensor:
     return output + projection.adapter(output)
 
 
-def _linear_modules(module):
+def _linear_modules(module: Module) -> list[Module]:
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
     return [part for part in module.modules() if isinstance(part, Linear | Conv1D)]
 
 
-def _output(module):
+def _output(module: Module) -> int:
     """Return which dimension of the weight is the output's; Conv1D stores it transposed."""
     return 0 if hasattr(module, "out_features") else 1

@@ -7,6 +7,7 @@ counted on a laptop, whatever the model's size.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def fake_model(
     (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask masks
     anything and always applies it, as it does for a real batch with padding; without a mask both do without.
     """
-    model = build_on_meta(config, kind, num_labels)
+    model: nn.Module = build_on_meta(config, kind, num_labels)
     if prepare is not None:
         # Under the meta device new adapters get no content either.
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -62,7 +63,8 @@ def to_fake(model: nn.Module) -> None:
     old = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         # Besides what is registered, modules keep copies of buffers as plain attributes.
-        for tensors in (module._parameters, module._buffers, vars(module)):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     old.append(tensor)
