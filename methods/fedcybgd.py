@@ -7,6 +7,7 @@ arXiv:2404.02827).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy
@@ -17,7 +18,7 @@ from fedlm.base.randomness import numpy_stream
 from fedlm.federation.method import Method, MethodConfig, Segment
 
 if TYPE_CHECKING:
-    from fedlm.federation.method import Facts, Module
+    from fedlm.federation.method import Facts, Module, PreTrainedModel
 
 
 class FedCyBGD(Method):
@@ -64,11 +65,11 @@ class FedCyBGD(Method):
     def population(self, parts: list[numpy.ndarray]) -> list[numpy.ndarray]:
         return [numpy.sort(numpy.concatenate(parts))] if self.config.pooled else parts
 
-    def adapt(self, model: Module, kind: str) -> Module:
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         if self.config.block == "model":
             self.blocks = [[name for name, _ in model.named_parameters()]]
             return model
-        self.blocks = [block.parameters for block in self.anatomy.blocks]
+        self.blocks = [list(block.parameters) for block in self.anatomy.blocks]
         trained = {name for block in self.blocks for name in block}.union(self.anatomy.head)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)

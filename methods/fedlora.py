@@ -6,6 +6,7 @@ FedSA-LoRA arXiv:2410.01463; RoLoRA arXiv:2409.02346; FlexLoRA arXiv:2402.11505;
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -14,7 +15,7 @@ from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig, weighted_mean
 
 if TYPE_CHECKING:
-    from fedlm.federation.method import Facts, Module, Server, Tensor, Turn, Upload
+    from fedlm.federation.method import Facts, Module, PreTrainedModel, Server, Tensor, Turn, Upload
 
 # Glm is missing from peft's own table of attention projections.
 TARGETS = {"glm": ["q_proj", "v_proj"]}
@@ -55,7 +56,7 @@ class FedLoRA(Method):
         if self.config.rank > facts.hidden:
             raise UserError(f"rank: {self.config.rank}; allowed: at most {facts.hidden}, the model's width")
 
-    def adapt(self, model: Module, kind: str) -> Module:
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         from peft import LoraConfig, get_peft_model
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
@@ -74,24 +75,28 @@ class FedLoRA(Method):
                 f"targets: {absent[0]!r} is no module of the model; allowed: ends of module names"
             )
         head = {f"base_model.model.{name}" for name in self.anatomy.head}
-        lora = LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha, target_modules=list(targets))
-        model = get_peft_model(model, lora)
-        for name, parameter in model.named_parameters():
+        lora = LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # peft declares int and takes any number
+            target_modules=list(targets),
+        )
+        adapted = get_peft_model(model, lora)
+        for name, parameter in adapted.named_parameters():
             adapter = "lora_A" not in name if self.config.variant == "ffa" else True
             parameter.requires_grad_(name in head or ("lora_" in name and adapter))
         self.adapted = {
             f"{name}.": bool(getattr(module, "fan_in_fan_out", False))
-            for name, module in model.named_modules()
+            for name, module in adapted.named_modules()
             if hasattr(module, "lora_A")
         }
-        return model
+        return adapted
 
-    def prepare(self, model: Module, kind: str) -> Module:
-        model = super().prepare(model, kind)
+    def prepare(self, model: PreTrainedModel, kind: str) -> Module:
+        prepared = super().prepare(model, kind)
         self.shared = list(self.exchanged)
         if self.config.variant == "fedex":
             self.exchanged = self.shared + [f"{module}base_layer.weight" for module in self.adapted]
-        return model
+        return prepared
 
     def trainable(self, client: int, round: int) -> list[str]:
         if self.config.variant != "rolora":

@@ -6,7 +6,7 @@ v2 arXiv:2110.07602; averaged over clients as in FedPrompt arXiv:2208.12268. The
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig
 
 if TYPE_CHECKING:
-    from fedlm.federation.method import Facts, Module
+    from fedlm.federation.method import Facts, Module, PreTrainedModel
 
 TASK_TYPES = {
     "classification": "SEQ_CLS",
@@ -65,11 +65,12 @@ class FedPrompt(Method):
                 "number, and virtual tokens have none; allowed: prefix, prefix_projected"
             )
 
-    def adapt(self, model: Module, kind: str) -> Module:
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         import peft
 
-        common = {"task_type": TASK_TYPES[kind], "num_virtual_tokens": self.config.tokens}
-        width = {"encoder_hidden_size": self.config.hidden} if self.config.hidden else {}
+        tuner: peft.PromptLearningConfig
+        common: dict[str, Any] = {"task_type": TASK_TYPES[kind], "num_virtual_tokens": self.config.tokens}
+        width: dict[str, Any] = {"encoder_hidden_size": self.config.hidden} if self.config.hidden else {}
         if self.config.form == "prompt":
             tuner = peft.PromptTuningConfig(**common)
         elif self.config.form == "p_tuning":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fedlm.federation.method import Method
 
 if TYPE_CHECKING:
-    from fedlm.federation.method import Module
+    from fedlm.federation.method import Module, PreTrainedModel
 
 
 class HeadOnly(Method):
@@ -18,7 +18,7 @@ class HeadOnly(Method):
     control = True
     kinds = ("classification", "regression", "question_answering")
 
-    def adapt(self, model: Module, kind: str) -> Module:
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         head = set(self.anatomy.head)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in head)

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -32,8 +34,10 @@ def make(rows: pandas.DataFrame, blocks: pandas.DataFrame, destination: Path) ->
     return written
 
 
-def _grid(rows: pandas.DataFrame, height: float, **sharing):
-    """Yield a figure, and for each model (of a task) its axes and rows."""
+def _grid(
+    rows: pandas.DataFrame, height: float, **sharing: Any
+) -> tuple[Figure, list[tuple[Axes, pandas.DataFrame]], int]:
+    """Return a figure, for each model (of a task) its axes and rows, and the number of columns."""
     groups = [some for _, some in rows.groupby(["task", "model"], sort=False)]
     columns = min(3, len(groups))
     figure, grid = drawing.panels(-(-len(groups) // columns), columns, height, **sharing)
@@ -44,7 +48,7 @@ def _grid(rows: pandas.DataFrame, height: float, **sharing):
     return figure, list(zip(grid.flat, groups, strict=False)), columns
 
 
-def _methods_axis(axes, titles: Sequence[str], first: bool) -> None:
+def _methods_axis(axes: Axes, titles: Sequence[str], first: bool) -> None:
     axes.set_yticks(range(len(titles)), titles if first else [""] * len(titles))
     axes.set_ylim(len(titles) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

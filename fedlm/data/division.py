@@ -67,7 +67,7 @@ def draw(
     stream = numpy_stream(seed, "partition")
     kinds, kind = numpy.unique(numpy.asarray(labels)[indices], return_inverse=True)
     if groups is None:
-        group, num_groups = None, 0
+        group, num_groups = numpy.empty(0, numpy.int64), 0  # `check` refuses what needs them
     else:
         names, group = numpy.unique(numpy.asarray(groups)[indices], return_inverse=True)
         num_groups = len(names)

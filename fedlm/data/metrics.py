@@ -93,7 +93,7 @@ def _all_right(predictions: Sequence, references: Sequence) -> float:
     return sum(equal) / len(equal)
 
 
-def _best_of_answers(match):
+def _best_of_answers(match: Callable[[str, str], float]) -> Callable[[Sequence, Sequence], float]:
     def value(predictions: Sequence, references: Sequence) -> float:
         best = [
             max(match(prediction, answer) for answer in answers or [""])

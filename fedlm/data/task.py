@@ -96,8 +96,8 @@ class Task:
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
-    reference: ClassVar[str]
+    title: str
+    reference: str
     kind: Kind = "classification"
     metrics: tuple[str, ...] = ()
     label_names: Sequence[str] = ()

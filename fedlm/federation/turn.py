@@ -181,8 +181,8 @@ class Turn:
 
     def _probe(self, segment: Segment, size: int, train: Callable[[Turn], None]) -> None:
         names = segment.trainable
-        before = {name: self.received.get(name) for name in names}
-        before |= {name: self._parameters[name].detach().clone() for name in names if before[name] is None}
+        before = {name: self.received[name] for name in names if name in self.received}
+        before |= {name: self._parameters[name].detach().clone() for name in names if name not in before}
 
         def act(tracker: MemoryTracker) -> None:
             train(probing := _ProbingTurn(self, segment, tracker))

@@ -1,6 +1,7 @@
 """From the content of a study file to a study, with every fault named by the path of its key."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class _Reader:
             self.fault(path, "nested too deeply; allowed: a plain table of settings")
         return None
 
-    def note(self, path: str, error: ValidationError, allowed: list[str] = ()) -> None:
+    def note(self, path: str, error: ValidationError, allowed: Sequence[str] = ()) -> None:
         for item in error.errors(include_url=False):
             where = ".".join([path, *(_word(part) for part in item["loc"])]).strip(".")
             if item["type"] == "extra_forbidden":
