@@ -9,6 +9,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from fedlm.costs.tables import display_name
 from fedlm.results import drawing
@@ -134,7 +135,9 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
         axes.set_ylim(0 if low < 0.5 * high else low - 0.3 * (high - low), high + 0.35 * (high - low))
         if place >= len(cells) - columns:
             axes.set_xlabel("block that the turn trains")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator = axes.xaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator)  # that of every linear axis
+        locator.set_params(integer=True)
         axes.set_ylabel("peak memory (GiB)")
     drawing.method_legend(figure, look, dict(zip(rows["method"], rows["title"], strict=True)))
     return figure

@@ -38,7 +38,7 @@ class LocalOptimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], received: dict[str, Tensor], settings: Training
+        self, parameters: dict[str, Tensor], received: dict[str, Tensor], settings: Training
     ) -> None:
         self.settings = settings
         self.parameters = parameters

@@ -216,7 +216,7 @@ class Turn:
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trainable)
             parameter.grad = None
-        chosen = {name: self._parameters[name] for name in segment.trainable}
+        chosen: dict[str, Tensor] = {name: self._parameters[name] for name in segment.trainable}
         optimizer = LocalOptimizer(chosen, {**self.received, **self._values}, self.settings)
         if self.moments != "reset":
             optimizer.set_moments(self.kept if self.moments == "client" else self.received)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlm.base.errors import FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
@@ -15,6 +15,9 @@ from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance, record
 from fedlm.study.plugins import discover_tasks
 from fedlm.study.study import Run, RunConfig, Study
+
+if TYPE_CHECKING:
+    from fedlm.data.prepared import Prepared
 
 RESULTS = Path("results")
 
@@ -51,7 +54,7 @@ class Folders:
         return self.root / "finished" / f"{fingerprint}.json"
 
 
-def prepare(study: Study, task: str, folders: Folders):
+def prepare(study: Study, task: str, folders: Folders) -> "Prepared":
     """Tokenise a task once; return the prepared data."""
     from fedlm.data.tokenising import prepare
 
@@ -116,7 +119,7 @@ def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
     return (found.data_sha256, found.code_sha256, found.config, found.clients) == asked
 
 
-def partition(study: Study, task: str, label: str, seed: int, folders: Folders):
+def partition(study: Study, task: str, label: str, seed: int, folders: Folders) -> PartitionFile:
     """Divide a prepared task's training examples among the clients and write the partition file."""
     from fedlm.data.prepared import Prepared
 

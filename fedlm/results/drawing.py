@@ -195,7 +195,7 @@ def logarithmic_axis(axes: Axes) -> None:
         return low > 0 and high < 30 * low
 
     def major(value: float, place: float) -> str:
-        return f"{value:g}" if short() else powers(value, place)
+        return f"{value:g}" if short() else powers(value, int(place))
 
     def minor(value: float, _: float) -> str:
         digit = round(value / 10 ** math.floor(math.log10(value)))

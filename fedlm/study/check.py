@@ -1,6 +1,7 @@
 """Everything that can be checked before the first job: data, models, and what methods ask of them."""
 
 from collections.abc import Callable
+from functools import partial
 
 from fedlm.base.errors import UserError
 from fedlm.data import schemes
@@ -57,11 +58,8 @@ def check(study: Study) -> None:
                 )
                 continue
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
-            attempt(f"methods.{name}", lambda built=built, found=found: built.check(found))
-            attempt(
-                f"methods.{name}",
-                lambda built=built, model=model, kind=kind: reducible.check(built, model, kind),
-            )
+            attempt(f"methods.{name}", partial(built.check, found))
+            attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             virtual, positions = built.virtual_tokens(), found.positions
             if positions is not None and positions - virtual < 8:
                 faults.append(
@@ -82,7 +80,7 @@ def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
         attempt(
             f"partitions.{name} (of tasks.{label})",
-            lambda config=config, clients=clients: schemes.check(config, clients, most, labels, groups),
+            partial(schemes.check, config, clients, most, labels, groups),
         )
 
 

@@ -6,11 +6,13 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from fedlm.base.errors import UserError
 from fedlm.data.task import Task
 from fedlm.federation.method import Method
 
+Plugin = TypeVar("Plugin", Method, Task)
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,7 +59,7 @@ def file_of(plugin: type) -> Path:
     return Path(sys.modules[plugin.__module__].__file__)
 
 
-def _defined_in(path: Path, base: type) -> list[type]:
+def _defined_in(path: Path, base: type[Plugin]) -> list[type[Plugin]]:
     """Return the subclasses of `base` that a file defines (not those it imports)."""
     module = _load(path)
     return [
@@ -74,6 +76,7 @@ def _load(path: Path) -> ModuleType:
     if module is not None and Path(module.__file__ or "").resolve() == path.resolve():
         return module
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "of a .py file"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -140,9 +140,8 @@ def parse(values: dict, where: str = "study") -> Study:
         reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
     if reader.faults:
         raise UserError("\n".join(f"{where}: {fault}" for fault in reader.told()))
-    return Study(
-        study=label, seeds=seeds, model=model, tasks=tasks, partitions=partitions, methods=methods, **plain
-    )
+    found = {"study": label, "seeds": seeds, "model": model, "tasks": tasks, "partitions": partitions}
+    return Study.model_validate({**found, "methods": methods, **plain})
 
 
 def of_record(record: dict[str, Any]) -> Study:
