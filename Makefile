@@ -1,4 +1,4 @@
-# make demo | make demo-llm | make costs | make test | make lint      (each sets itself up)
+# make demo | make demo-llm | make costs | make check | make test | make lint      (each sets itself up)
 #
 #   make demo PYTHON=python3.12      with another Python, from 3.11 on
 #   make demo CORES=4                with so many processor cores; all of them if not given
@@ -8,7 +8,7 @@ CORES ?= all
 ENVIRONMENT := .venv
 RUN := $(ENVIRONMENT)/bin/python
 
-.PHONY: demo demo-llm costs test lint setup
+.PHONY: demo demo-llm costs check test lint setup
 
 # The demos use nothing from a hub; without this a library might ask one all the same.
 demo demo-llm: export HF_HUB_OFFLINE = 1
@@ -29,6 +29,10 @@ results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUD
 costs: setup
 	@$(RUN) -m fedlm costs
 
+# What a person runs before each commit: at most 90 seconds on two cores.
+check: lint
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slow and not slurm"
+
 test: setup
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slurm"
 
@@ -37,6 +41,7 @@ lint: setup
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m snakefmt --check Snakefile workflow
 	@$(RUN) -m snakemake --lint
+	@$(RUN) -m mypy
 
 # The environment is made once and again when the lock has changed. pip reads its own configuration, if there is
 # one, to know where packages come from.

@@ -2,13 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedlm.base.errors import UserError
+
+if TYPE_CHECKING:
+    from fedlm.jobs.running import Folders
+    from fedlm.study.study import Study
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,13 +30,13 @@ MethodLabel = Annotated[str, typer.Option("--method", help="Label of a method in
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 
 
-def _study(config: Path):
+def _study(config: Path) -> "Study":
     from fedlm.study.reading import load
 
     return load(config)
 
 
-def _folders(study, results: Path):
+def _folders(study: "Study", results: Path) -> "Folders":
     from fedlm.jobs.running import Folders
 
     return Folders(study.study, results)
@@ -118,9 +123,7 @@ def run_many(
     folders = _folders(study, results)
     failed = 0
     for chosen in study.named(runs):
-        failed |= _guarded(
-            lambda chosen=chosen: running.execute(study, chosen, folders.record(chosen), folders)
-        )
+        failed |= _guarded(partial(running.execute, study, chosen, folders.record(chosen), folders))
     raise typer.Exit(failed)
 
 
@@ -367,8 +370,8 @@ def _first_line(kind: type) -> str:
     return (module.__doc__ or kind.__doc__ or "").strip().splitlines()[0]
 
 
-def _list(rows) -> None:
-    rows = [tuple(map(str, row)) for row in rows]
+def _list(entries: Iterable[tuple]) -> None:
+    rows = [tuple(map(str, entry)) for entry in entries]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

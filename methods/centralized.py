@@ -12,5 +12,5 @@ class Centralized(Method):
     reference = "control"
     control = True
 
-    def population(self, parts):
+    def population(self, parts: list[numpy.ndarray]) -> list[numpy.ndarray]:
         return [numpy.sort(numpy.concatenate(parts))]

@@ -4,13 +4,23 @@ Sources: Houlsby et al. 2019, arXiv:1902.00751, section 2; the second place alon
 Pfeiffer et al. 2021, arXiv:2005.00247. peft (0.21) has no such adapter: its tuners change weights or inputs.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig
+
+if TYPE_CHECKING:
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    from fedlm.federation.method import Module, PreTrainedModel, Tensor
+
+    Projection = Linear | Conv1D
 
 
 class FedAdapter(Method):
@@ -32,7 +42,9 @@ class FedAdapter(Method):
             "both", description="after attention and feed-forward, or after the feed-forward only"
         )
 
-    def adapt(self, model, kind):
+    config: Config
+
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         model.requires_grad_(False)
         found = [end for path in self.anatomy.layers for end in self._projections(path, model)]
         for projection in dict.fromkeys(found):  # shared ones are found again in each layer
@@ -42,7 +54,7 @@ class FedAdapter(Method):
             parameter.requires_grad_(name in head or ".adapter." in name)
         return model
 
-    def _projections(self, path, model):
+    def _projections(self, path: str, model: PreTrainedModel) -> list[Projection]:
         """Return the linear modules of a layer that end its sub-layers: the attention comes first in all."""
         layer = model.get_submodule(path)
         attention = next(filter(None, map(_linear_modules, layer.children())), [])
@@ -55,10 +67,10 @@ class FedAdapter(Method):
             )
         return found if self.config.placement == "both" else found[-1:]
 
-    def _insert(self, projection, hidden):
+    def _insert(self, projection: Projection, hidden: int) -> None:
         from torch import nn
 
-        like = {"dtype": projection.weight.dtype, "device": projection.weight.device}
+        like: dict[str, Any] = {"dtype": projection.weight.dtype, "device": projection.weight.device}
         down = nn.Linear(hidden, self.config.width, **like)
         up = nn.Linear(self.config.width, hidden, **like)
         nn.init.zeros_(up.weight)
@@ -67,17 +79,17 @@ class FedAdapter(Method):
         projection.register_forward_hook(_adapted)
 
 
-def _adapted(projection, inputs, output):
+def _adapted(projection: Any, inputs: tuple, output: Tensor) -> Tensor:
     return output + projection.adapter(output)
 
 
-def _linear_modules(module):
+def _linear_modules(module: Module) -> list[Projection]:
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
     return [part for part in module.modules() if isinstance(part, Linear | Conv1D)]
 
 
-def _output(module):
+def _output(module: Projection) -> int:
     """Return which dimension of the weight is the output's; Conv1D stores it transposed."""
     return 0 if hasattr(module, "out_features") else 1

@@ -5,7 +5,10 @@ one block (Fed-full); one client with all data that moves to another block every
 arXiv:2404.02827).
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy
 from pydantic import Field, model_validator
@@ -13,6 +16,9 @@ from pydantic import Field, model_validator
 from fedlm.base.errors import UserError
 from fedlm.base.randomness import numpy_stream
 from fedlm.federation.method import Method, MethodConfig, Segment
+
+if TYPE_CHECKING:
+    from fedlm.federation.method import Facts, Module, PreTrainedModel
 
 
 class FedCyBGD(Method):
@@ -42,32 +48,34 @@ class FedCyBGD(Method):
         )
 
         @model_validator(mode="after")
-        def _whole_model_has_no_order(self):
+        def _whole_model_has_no_order(self) -> Self:
             if self.block == "model" and (self.blocks_per_turn > 1 or self.switch_every):
                 raise ValueError("block: model; allowed only with blocks_per_turn: 1 and no switch_every")
             return self
 
-    def check(self, facts):
+    config: Config
+
+    def check(self, facts: Facts) -> None:
         if self.config.blocks_per_turn > facts.blocks:
             raise UserError(
                 f"blocks_per_turn: {self.config.blocks_per_turn}; allowed: at most {facts.blocks}, "
                 "the blocks of the model"
             )
 
-    def population(self, parts):
+    def population(self, parts: list[numpy.ndarray]) -> list[numpy.ndarray]:
         return [numpy.sort(numpy.concatenate(parts))] if self.config.pooled else parts
 
-    def adapt(self, model, kind):
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         if self.config.block == "model":
             self.blocks = [[name for name, _ in model.named_parameters()]]
             return model
-        self.blocks = [block.parameters for block in self.anatomy.blocks]
+        self.blocks = [list(block.parameters) for block in self.anatomy.blocks]
         trained = {name for block in self.blocks for name in block}.union(self.anatomy.head)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         return model
 
-    def cohorts(self, clients, round):
+    def cohorts(self, clients: list[int], round: int) -> list[list[int]]:
         groups: dict[int, list[int]] = {}
         for client in clients:
             groups.setdefault(client // self.config.clients_per_block, []).append(client)
@@ -93,7 +101,7 @@ class FedCyBGD(Method):
         }[self.config.order]
         return sorted((first + offset) % count for offset in range(width))
 
-    def segments(self, client, round, steps):
+    def segments(self, client: int, round: int, steps: int) -> list[Segment]:
         if self.config.block == "model":
             return [Segment("all", self.blocks[0], steps)]
         blocks, every = self.block(client, round), self.config.switch_every or steps
@@ -104,13 +112,11 @@ class FedCyBGD(Method):
             blocks = sorted((block + 1) % len(self.blocks) for block in blocks)
         return segments
 
-    def trainable(self, client, round):
-        blocks = self.block(client, round)
-        if self.config.switch_every:
-            blocks = range(len(self.blocks))
-        return self._parameters(blocks)
+    def trainable(self, client: int, round: int) -> list[str]:
+        every = self.config.switch_every
+        return self._parameters(range(len(self.blocks)) if every else self.block(client, round))
 
-    def _parameters(self, blocks) -> list[str]:
+    def _parameters(self, blocks: Iterable[int]) -> list[str]:
         names = dict.fromkeys(name for block in blocks for name in self.blocks[block])
         if self.config.block == "layer":
             names |= dict.fromkeys(self.anatomy.head)

@@ -4,12 +4,18 @@ Sources: LoRA arXiv:2106.09685; its federated average FedIT arXiv:2305.05644; FF
 FedSA-LoRA arXiv:2410.01463; RoLoRA arXiv:2409.02346; FlexLoRA arXiv:2402.11505; FedEx-LoRA arXiv:2410.09432.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig, weighted_mean
+
+if TYPE_CHECKING:
+    from fedlm.federation.method import Facts, Module, PreTrainedModel, Server, Tensor, Turn, Upload
 
 # Glm is missing from peft's own table of attention projections.
 TARGETS = {"glm": ["q_proj", "v_proj"]}
@@ -44,11 +50,13 @@ class FedLoRA(Method):
         )
         variant: Literal["average", "ffa", "fedsa", "rolora", "flexlora", "fedex"] = "average"
 
-    def check(self, facts):
+    config: Config
+
+    def check(self, facts: Facts) -> None:
         if self.config.rank > facts.hidden:
             raise UserError(f"rank: {self.config.rank}; allowed: at most {facts.hidden}, the model's width")
 
-    def adapt(self, model, kind):
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         from peft import LoraConfig, get_peft_model
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
@@ -67,32 +75,36 @@ class FedLoRA(Method):
                 f"targets: {absent[0]!r} is no module of the model; allowed: ends of module names"
             )
         head = {f"base_model.model.{name}" for name in self.anatomy.head}
-        lora = LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha, target_modules=list(targets))
-        model = get_peft_model(model, lora)
-        for name, parameter in model.named_parameters():
+        lora = LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]  # peft declares int and takes any number
+            target_modules=list(targets),
+        )
+        adapted = get_peft_model(model, lora)
+        for name, parameter in adapted.named_parameters():
             adapter = "lora_A" not in name if self.config.variant == "ffa" else True
             parameter.requires_grad_(name in head or ("lora_" in name and adapter))
         self.adapted = {
             f"{name}.": bool(getattr(module, "fan_in_fan_out", False))
-            for name, module in model.named_modules()
+            for name, module in adapted.named_modules()
             if hasattr(module, "lora_A")
         }
-        return model
+        return adapted
 
-    def prepare(self, model, kind):
-        model = super().prepare(model, kind)
+    def prepare(self, model: PreTrainedModel, kind: str) -> Module:
+        prepared = super().prepare(model, kind)
         self.shared = list(self.exchanged)
         if self.config.variant == "fedex":
             self.exchanged = self.shared + [f"{module}base_layer.weight" for module in self.adapted]
-        return model
+        return prepared
 
-    def trainable(self, client, round):
+    def trainable(self, client: int, round: int) -> list[str]:
         if self.config.variant != "rolora":
             return self.shared
         frozen = "lora_A" if round % 2 else "lora_B"
         return [name for name in self.shared if frozen not in name]
 
-    def download(self, server, client, round):
+    def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
         if self.config.variant == "fedsa":
             return {name: value for name, value in server.tensors.items() if "lora_B" not in name}
         if self.config.variant == "fedex":
@@ -102,7 +114,7 @@ class FedLoRA(Method):
             return {name: value for name, value in server.tensors.items() if name not in unchanged}
         return server.tensors
 
-    def upload(self, turn):
+    def upload(self, turn: Turn) -> dict[str, Tensor]:
         values = super().upload(turn)
         if self.config.variant == "fedsa":
             own = {name: value for name, value in values.items() if "lora_B" in name}
@@ -110,15 +122,15 @@ class FedLoRA(Method):
             values = {name: value for name, value in values.items() if name not in own}
         return values
 
-    def models(self, server):
+    def models(self, server: Server) -> Iterable[dict[str, Tensor]]:
         if self.config.variant == "fedsa" and server.kept:
             return ({**server.tensors, **kept} for _, kept in sorted(server.kept.items()))
         return [server.tensors]
 
-    def merge(self, server, uploads, round):
+    def merge(self, server: Server, uploads: Iterable[Upload], round: int) -> None:
         if self.config.variant not in ("flexlora", "fedex"):
             return super().merge(server, uploads, round)
-        products: dict = {}
+        products: dict[str, tuple[Tensor, float]] = {}
         means = weighted_mean(self._with_products(uploads, products))
         if not means:
             return None
@@ -131,7 +143,9 @@ class FedLoRA(Method):
                 self._add_residual(server, module, product)
         return None
 
-    def _with_products(self, uploads, products):
+    def _with_products(
+        self, uploads: Iterable[Upload], products: dict[str, tuple[Tensor, float]]
+    ) -> Iterator[Upload]:
         """Pass the uploads on and fold each module's product B A into a running weighted mean."""
         for upload in uploads:
             for module in self.adapted:
@@ -143,10 +157,10 @@ class FedLoRA(Method):
                 products[module] = (mean, total)
             yield upload
 
-    def _names(self, module):
+    def _names(self, module: str) -> tuple[str, str]:
         return f"{module}lora_A.default.weight", f"{module}lora_B.default.weight"
 
-    def _decompose(self, server, module, product):
+    def _decompose(self, server: Server, module: str, product: Tensor) -> None:
         import torch
 
         u, s, v = torch.linalg.svd(product, full_matrices=False)
@@ -155,7 +169,7 @@ class FedLoRA(Method):
         server.update(a, root[:, None] * v[:rank])
         server.update(b, u[:, :rank] * root)
 
-    def _add_residual(self, server, module, product):
+    def _add_residual(self, server: Server, module: str, product: Tensor) -> None:
         a, b = (server.tensors[name] for name in self._names(module))
         residual = (product - b @ a) * (self.config.alpha / self.config.rank)
         weight = f"{module}base_layer.weight"

@@ -4,12 +4,17 @@ Sources: prompt tuning arXiv:2104.08691; prefix tuning arXiv:2101.00190; P-tunin
 v2 arXiv:2110.07602; averaged over clients as in FedPrompt arXiv:2208.12268. The tuners are peft's.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig
+
+if TYPE_CHECKING:
+    from fedlm.federation.method import Facts, Module, PreTrainedModel
 
 TASK_TYPES = {
     "classification": "SEQ_CLS",
@@ -40,17 +45,19 @@ class FedPrompt(Method):
         )
 
         @model_validator(mode="after")
-        def _only_an_mlp_has_a_width(self):
+        def _only_an_mlp_has_a_width(self) -> Self:
             if self.hidden is not None and self.form in ("prompt", "prefix"):
                 raise ValueError(
                     f"hidden: {self.hidden}; allowed: nothing, since form {self.form} has no MLP"
                 )
             return self
 
-    def virtual_tokens(self):
+    config: Config
+
+    def virtual_tokens(self) -> int:
         return self.config.tokens
 
-    def check(self, facts):
+    def check(self, facts: Facts) -> None:
         classifies = facts.kind in ("classification", "regression")
         if facts.decoder and classifies and self.config.form in ("prompt", "p_tuning"):
             raise UserError(
@@ -58,11 +65,12 @@ class FedPrompt(Method):
                 "number, and virtual tokens have none; allowed: prefix, prefix_projected"
             )
 
-    def adapt(self, model, kind):
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         import peft
 
-        common = {"task_type": TASK_TYPES[kind], "num_virtual_tokens": self.config.tokens}
-        width = {"encoder_hidden_size": self.config.hidden} if self.config.hidden else {}
+        tuner: peft.PromptLearningConfig
+        common: dict[str, Any] = {"task_type": TASK_TYPES[kind], "num_virtual_tokens": self.config.tokens}
+        width: dict[str, Any] = {"encoder_hidden_size": self.config.hidden} if self.config.hidden else {}
         if self.config.form == "prompt":
             tuner = peft.PromptTuningConfig(**common)
         elif self.config.form == "p_tuning":

@@ -1,6 +1,13 @@
 """Linear probing: the pretrained model stays as it is and only the new head is trained and averaged."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fedlm.federation.method import Method
+
+if TYPE_CHECKING:
+    from fedlm.federation.method import Module, PreTrainedModel
 
 
 class HeadOnly(Method):
@@ -11,7 +18,7 @@ class HeadOnly(Method):
     control = True
     kinds = ("classification", "regression", "question_answering")
 
-    def adapt(self, model, kind):
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         head = set(self.anatomy.head)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in head)

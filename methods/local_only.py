@@ -1,6 +1,14 @@
 """No federation: every client trains its own model over the rounds and nothing is ever merged."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from fedlm.federation.method import Method
+
+if TYPE_CHECKING:
+    from fedlm.federation.method import Server, Tensor, Turn
 
 
 class LocalOnly(Method):
@@ -13,12 +21,12 @@ class LocalOnly(Method):
     reference = "control"
     control = True
 
-    def download(self, server, client, round):
+    def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
         return {}
 
-    def upload(self, turn):
+    def upload(self, turn: Turn) -> dict[str, Tensor]:
         turn.keep(turn.values(self.exchanged))
         return {}
 
-    def models(self, server):
+    def models(self, server: Server) -> Iterable[dict[str, Tensor]]:
         return [kept for _, kept in sorted(server.kept.items())] or [server.tensors]

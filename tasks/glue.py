@@ -52,7 +52,9 @@ class Glue(HubTask):
             "matched", description="which test split, for mnli"
         )
 
-    def __init__(self, config):
+    config: Config
+
+    def __init__(self, config: Config | dict | None = None) -> None:
         super().__init__(config)
         part = PARTS[self.config.name]
         self.title, self.label_names, self.metrics = part.title, part.label_names, part.metrics

@@ -24,7 +24,7 @@ class ReviewSources(Task):
     name = "review_sources"
     title = "Review sources"
     reference = "Hutto and Gilbert 2014, ICWSM; source distribution of package vaderSentiment 3.3.2"
-    sources = ("films", "products", "newspapers", "tweets")
+    sources: tuple[str, ...] = ("films", "products", "newspapers", "tweets")
     label_names = ("negative", "positive")
     has_groups = True
 

@@ -1,5 +1,7 @@
 """SQuAD: answers to questions, as spans of a paragraph."""
 
+from typing import Self
+
 from pydantic import Field, model_validator
 
 from fedlm.data.hub import HubTask
@@ -30,11 +32,13 @@ class Squad(HubTask):
         subset: str = Field("plain_text", min_length=1, description="the hub's name of its part or folder")
 
         @model_validator(mode="after")
-        def _room_for_the_document(self):
-            check_windows(self)
+        def _room_for_the_document(self) -> Self:
+            check_windows(self.max_length, self.doc_stride)
             return self
 
-    def __init__(self, config=None):
+    config: Config
+
+    def __init__(self, config: Config | dict | None = None) -> None:
         super().__init__(config)
         self.subset = self.config.subset
 

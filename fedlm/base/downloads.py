@@ -81,7 +81,8 @@ def read_wheel(name: str, prefix: str, suffix: str = "") -> dict[str, bytes]:
 def read_tar(content: bytes, suffix: str) -> dict[str, bytes]:
     """Return the regular files of a gzipped tar archive whose names end with `suffix`."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
-        return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name.endswith(suffix)}
+        found = ((m.name, tar.extractfile(m)) for m in tar if m.name.endswith(suffix) and m.isfile())
+        return {name: file.read() for name, file in found if file is not None}
 
 
 def _download(archive: Archive, path: Path) -> None:

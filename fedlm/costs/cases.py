@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from fedlm.costs.prediction import Costs, StatedBatches, predict
 from fedlm.federation.method import Method, MethodConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.catalogue import CATALOGUE
-from fedlm.models.config import ModelConfig
+from fedlm.models.config import Kind, ModelConfig
 from fedlm.models.loading import build_config, max_positions
 from fedlm.study.plugins import discover_methods, file_of, find, is_own
 from fedlm.study.study import Study
@@ -25,7 +25,7 @@ from fedlm.study.study import Study
 CORE = ("fedavg", "fedcybgd", "fedlora", "fedprompt")
 TURNS_FOR_A_REQUEST = 200  # enough to meet every block, when only the memory to ask for matters
 ENCODERS = ("bert", "roberta")
-KINDS_OF_TASK = ("classification", "regression", "causal", "question_answering")
+KINDS_OF_TASK: tuple[Kind, ...] = get_args(Kind)
 
 
 class Case(NamedTuple):
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     name: str  # of the method's file
     method_class: type[Method]
     settings: MethodConfig
-    kind: str
+    kind: Kind
     num_labels: int
     length: int
     steps: int  # optimizer steps of a turn
@@ -55,7 +55,7 @@ class Case(NamedTuple):
         return json.dumps(values, sort_keys=True)
 
 
-def natural_kind(model: ModelConfig) -> str:
+def natural_kind(model: ModelConfig) -> Kind:
     """Return what a model is fine-tuned for if nothing is said: classification, or causal for decoders."""
     shape = build_config(model, "classification", 2).model_type
     return "classification" if shape in ENCODERS else "causal"
@@ -87,7 +87,7 @@ def stated(
     if kind is not None and kind not in KINDS_OF_TASK:
         raise UserError(f"--kind: {kind!r}; allowed: {', '.join(KINDS_OF_TASK)}")
     config = ModelConfig(source=model, **(loading or {}))
-    kind = kind or natural_kind(config)
+    chosen = cast(Kind, kind) if kind else natural_kind(config)
     encodes = natural_kind(config) == "classification"
     positions = max_positions(config)
     length = length or min(128 if encodes else 512, positions or 512)
@@ -101,9 +101,9 @@ def stated(
         config=config,
         name=method,
         method_class=methods[method],
-        settings=methods[method].Config(payload=payload),
-        kind=kind,
-        num_labels=1 if kind in ("regression", "causal") else 2,
+        settings=methods[method].Config.model_validate({"payload": payload}),
+        kind=chosen,
+        num_labels=1 if chosen in ("regression", "causal") else 2,
         length=length,
         steps=steps,
         federation=federation or Federation(clients=32, rounds=3),
@@ -133,8 +133,9 @@ def of_models(
     """
     try:
         federation = Federation(clients=clients, rounds=rounds)
-        training = Training(accumulation=accumulation, optimizer=optimizer).model_dump(exclude_unset=True)
-        loading = {"weights": weights, "gradient_checkpointing": gradient_checkpointing}
+        chosen = {"accumulation": accumulation, "optimizer": optimizer}
+        training = Training.model_validate(chosen).model_dump(exclude_unset=True)
+        loading: dict[str, Any] = {"weights": weights, "gradient_checkpointing": gradient_checkpointing}
         ModelConfig(source="x", **loading)
         return [
             stated(

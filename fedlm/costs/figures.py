@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from fedlm.costs.tables import display_name
 from fedlm.results import drawing
@@ -32,8 +35,10 @@ def make(rows: pandas.DataFrame, blocks: pandas.DataFrame, destination: Path) ->
     return written
 
 
-def _grid(rows: pandas.DataFrame, height: float, **sharing):
-    """Yield a figure, and for each model (of a task) its axes and rows."""
+def _grid(
+    rows: pandas.DataFrame, height: float, **sharing: Any
+) -> tuple[Figure, list[tuple[Axes, pandas.DataFrame]], int]:
+    """Return a figure, for each model (of a task) its axes and rows, and the number of columns."""
     groups = [some for _, some in rows.groupby(["task", "model"], sort=False)]
     columns = min(3, len(groups))
     figure, grid = drawing.panels(-(-len(groups) // columns), columns, height, **sharing)
@@ -44,7 +49,7 @@ def _grid(rows: pandas.DataFrame, height: float, **sharing):
     return figure, list(zip(grid.flat, groups, strict=False)), columns
 
 
-def _methods_axis(axes, titles: Sequence[str], first: bool) -> None:
+def _methods_axis(axes: Axes, titles: Sequence[str], first: bool) -> None:
     axes.set_yticks(range(len(titles)), titles if first else [""] * len(titles))
     axes.set_ylim(len(titles) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -130,7 +135,9 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
         axes.set_ylim(0 if low < 0.5 * high else low - 0.3 * (high - low), high + 0.35 * (high - low))
         if place >= len(cells) - columns:
             axes.set_xlabel("block that the turn trains")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator = axes.xaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator)  # that of every linear axis
+        locator.set_params(integer=True)
         axes.set_ylabel("peak memory (GiB)")
     drawing.method_legend(figure, look, dict(zip(rows["method"], rows["title"], strict=True)))
     return figure

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fedlm.data.task import Kind
 from fedlm.exchange import payload
@@ -279,18 +280,22 @@ def predict(
     """
     parts = method.population(parts)
 
-    def rehearse(built: torch.nn.Module) -> torch.nn.Module:
-        nonlocal run, parameters
-        parameters = sum(parameter.numel() for parameter in built.parameters())
-        broadcast = payload.size(dict(built.named_parameters()), method.config.payload)
-        built = method.prepare(built, kind)
+    parameters = 0
+    rehearsals: list[_Rehearsal] = []
+
+    def rehearse(pretrained: PreTrainedModel) -> torch.nn.Module:
+        nonlocal parameters
+        parameters = sum(parameter.numel() for parameter in pretrained.parameters())
+        broadcast = payload.size(dict(pretrained.named_parameters()), method.config.payload)
+        built = method.prepare(pretrained, kind)
         run = _Rehearsal(method, built, parts, batches, federation, training, method.seed, broadcast)
         # The rounds pass before the model becomes a fake one, which is many times slower.
         run.run()
+        rehearsals.append(run)
         return built
 
-    run, parameters = None, 0
     with fake_model(model, kind, num_labels, rehearse), older_objects_set_aside():
+        (run,) = rehearsals
         recorded = run.work
         occasions = {work: occasion for work, (_, occasion) in recorded.largest.items()}
         memory = _measure(occasions, lambda work, one: asdict(run.memory_of(one)), positions)

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -204,7 +205,7 @@ def fits_table(rows: pandas.DataFrame) -> Table:
             return "yes"
         return "some blocks" if row[f"some_block_fits_{size}_gb"] else "–"
 
-    cells = _cells(fits, {f"{size} GB": lambda row, size=size: text(row, size) for size in DEVICES})
+    cells = _cells(fits, {f"{size} GB": partial(text, size=size) for size in DEVICES})
     notes = [
         "Peak of live tensors in a client's turn against 1e9 bytes a GB; a GPU's context, its allocator's "
         "rounding and workspaces come on top. Some blocks: a turn fits if it trains one of the later blocks.",
@@ -220,15 +221,16 @@ def traffic_table(rows: pandas.DataFrame) -> Table:
     both = traffic["turn_download_bytes"] + traffic["turn_upload_bytes"]
     for rate in LINES:
         traffic[f"seconds_at_{rate}_mbit"] = both * 8 / (rate * 1e6)
+
+    def took(row: pandas.Series, rate: int) -> str:
+        return duration(row[f"seconds_at_{rate}_mbit"])
+
     cells = _cells(
         traffic,
         {
             "Down a turn (MB)": _per("turn_download_bytes", 1e6),
             "Up a turn (MB)": _per("turn_upload_bytes", 1e6),
-            **{
-                f"{rate} Mbit/s": lambda row, rate=rate: duration(row[f"seconds_at_{rate}_mbit"])
-                for rate in LINES
-            },
+            **{f"{rate} Mbit/s": partial(took, rate=rate) for rate in LINES},
         },
     )
     notes = [

@@ -67,7 +67,7 @@ def draw(
     stream = numpy_stream(seed, "partition")
     kinds, kind = numpy.unique(numpy.asarray(labels)[indices], return_inverse=True)
     if groups is None:
-        group, num_groups = None, 0
+        group, num_groups = numpy.empty(0, numpy.int64), 0  # `check` refuses what needs them
     else:
         names, group = numpy.unique(numpy.asarray(groups)[indices], return_inverse=True)
         num_groups = len(names)
@@ -109,8 +109,10 @@ def _join(pieces: list[list[numpy.ndarray]], stream: numpy.random.Generator) -> 
     return [stream.permutation(numpy.concatenate([empty, *some])) for some in pieces]
 
 
-def _label_shares(kind, clients, alpha, stream) -> list[numpy.ndarray]:
-    pieces = [[] for _ in range(clients)]
+def _label_shares(
+    kind: numpy.ndarray, clients: int, alpha: float, stream: numpy.random.Generator
+) -> list[numpy.ndarray]:
+    pieces: list[list[numpy.ndarray]] = [[] for _ in range(clients)]
     for label in range(kind.max() + 1):
         positions = stream.permutation(numpy.flatnonzero(kind == label))
         shares = _dirichlet(numpy.full(clients, alpha), stream)
@@ -119,12 +121,14 @@ def _label_shares(kind, clients, alpha, stream) -> list[numpy.ndarray]:
     return _join(pieces, stream)
 
 
-def _label_mixes(kind, clients, alpha, stream) -> list[numpy.ndarray]:
+def _label_mixes(
+    kind: numpy.ndarray, clients: int, alpha: float, stream: numpy.random.Generator
+) -> list[numpy.ndarray]:
     stock = [stream.permutation(numpy.flatnonzero(kind == label)) for label in range(kind.max() + 1)]
     left = numpy.array([len(positions) for positions in stock])
     frequencies = left / left.sum()
     sizes = [len(piece) for piece in numpy.array_split(numpy.arange(len(kind)), clients)]
-    pieces = [[] for _ in range(clients)]
+    pieces: list[list[numpy.ndarray]] = [[] for _ in range(clients)]
     for client in stream.permutation(clients):
         mix = _dirichlet(alpha * frequencies, stream)
         missing = sizes[client]
@@ -143,14 +147,16 @@ def _label_mixes(kind, clients, alpha, stream) -> list[numpy.ndarray]:
     return _join(pieces, stream)
 
 
-def _few_labels(kind, clients, labels_per_client, stream) -> list[numpy.ndarray]:
+def _few_labels(
+    kind: numpy.ndarray, clients: int, labels_per_client: int, stream: numpy.random.Generator
+) -> list[numpy.ndarray]:
     num_labels = kind.max() + 1
-    owners = [[] for _ in range(num_labels)]
+    owners: list[list[int]] = [[] for _ in range(num_labels)]
     for client in stream.permutation(clients):
         order = sorted(stream.permutation(num_labels), key=lambda label: len(owners[label]))
         for label in order[:labels_per_client]:
             owners[label].append(client)
-    pieces = [[] for _ in range(clients)]
+    pieces: list[list[numpy.ndarray]] = [[] for _ in range(clients)]
     for label in range(num_labels):
         positions = stream.permutation(numpy.flatnonzero(kind == label))
         for client, piece in zip(
@@ -160,10 +166,10 @@ def _few_labels(kind, clients, labels_per_client, stream) -> list[numpy.ndarray]
     return _join(pieces, stream)
 
 
-def _natural(group, clients, stream) -> list[numpy.ndarray]:
+def _natural(group: numpy.ndarray, clients: int, stream: numpy.random.Generator) -> list[numpy.ndarray]:
     members = [stream.permutation(numpy.flatnonzero(group == name)) for name in range(group.max() + 1)]
     if clients <= len(members):
-        held = [[] for _ in range(clients)]
+        held: list[list[int]] = [[] for _ in range(clients)]
         if clients == len(members):
             held = [[name] for name in range(clients)]
         else:
@@ -174,7 +180,7 @@ def _natural(group, clients, stream) -> list[numpy.ndarray]:
                 heapq.heappush(lightest, (size + len(members[name]), client))
         return _join([[members[name] for name in names] for names in held], stream)
     seats = [1] * len(members)
-    fullest = [(-len(some), name) for name, some in enumerate(members)]
+    fullest: list[tuple[float, int]] = [(-len(some), name) for name, some in enumerate(members)]
     heapq.heapify(fullest)
     for _ in range(clients - len(members)):
         _, name = heapq.heappop(fullest)
@@ -189,16 +195,16 @@ def _natural(group, clients, stream) -> list[numpy.ndarray]:
 
 def _fill_up(parts: list[numpy.ndarray], min_examples: int) -> tuple[list[numpy.ndarray], int]:
     """Move single examples from the largest client (the first of equals) to those that have too few."""
-    parts = [list(part) for part in parts]
+    held = [list(part) for part in parts]
     moved = 0
-    largest = [(-len(part), client) for client, part in enumerate(parts)]
+    largest = [(-len(part), client) for client, part in enumerate(held)]
     heapq.heapify(largest)
-    for part in parts:
+    for part in held:
         while len(part) < min_examples:
             # There are enough examples for all, so the largest client has more than it needs.
             size, client = heapq.heappop(largest)
-            if -size == len(parts[client]):
-                part.append(parts[client].pop())
+            if -size == len(held[client]):
+                part.append(held[client].pop())
                 moved += 1
-            heapq.heappush(largest, (-len(parts[client]), client))
-    return [numpy.array(part, dtype=numpy.int64) for part in parts], moved
+            heapq.heappush(largest, (-len(held[client]), client))
+    return [numpy.array(part, dtype=numpy.int64) for part in held], moved

@@ -31,13 +31,15 @@ class HubTask(Task):
     subset: str | None = None
     splits: dict[str, str]
     columns: dict[str, str]
-    label_names = []
+    label_names: list[str] = []
 
     class Config(Task.Config):
         """Settings of all of them; each task has its own default for `source`."""
 
         source: str = Field(min_length=1, description="hub id owner/name, or a local folder in its layout")
         revision: str | None = Field(None, min_length=1, description="commit, branch or tag on the hub")
+
+    config: Config
 
     def check(self) -> None:
         self.files()
@@ -135,7 +137,7 @@ class HubTask(Task):
         return f"task {self.name}: source: {self.config.source!r}"
 
 
-def _names(dataset, column: str) -> list[str]:
+def _names(dataset: Any, column: str) -> list[str]:
     """Return the names of the classes: the data's own, or those in `label_text`, or the numbers."""
     feature = dataset.features[column]
     if hasattr(feature, "names"):
@@ -158,5 +160,5 @@ def _require_values(column: pandas.Series, place: str, number: bool) -> None:
         raise UserError(f"{place}, row {row + 1}: {fault}")
 
 
-def _short(error) -> str:
+def _short(error: object) -> str:
     return " ".join(str(error).split())[:200]

@@ -38,43 +38,43 @@ class Metric:
 # scikit-learn and scipy are imported where they are used: most of what asks here asks for names only.
 
 
-def _accuracy(predictions, references):
+def _accuracy(predictions: Sequence, references: Sequence) -> float:
     from sklearn.metrics import accuracy_score
 
     return accuracy_score(references, predictions)
 
 
-def _macro_f1(predictions, references):
+def _macro_f1(predictions: Sequence, references: Sequence) -> float:
     from sklearn.metrics import f1_score
 
     return f1_score(references, predictions, average="macro", zero_division=0)
 
 
-def _f1(predictions, references):
+def _f1(predictions: Sequence, references: Sequence) -> float:
     from sklearn.metrics import f1_score
 
     return f1_score(references, predictions, zero_division=0)
 
 
-def _matthews(predictions, references):
+def _matthews(predictions: Sequence, references: Sequence) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return matthews_corrcoef(references, predictions)
 
 
-def _pearson(predictions, references):
+def _pearson(predictions: Sequence, references: Sequence) -> float:
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predictions, references)
 
 
-def _spearman(predictions, references):
+def _spearman(predictions: Sequence, references: Sequence) -> float:
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predictions, references)
 
 
-def _correlation(function, predictions, references):
+def _correlation(function: Callable[..., Any], predictions: Sequence, references: Sequence) -> float:
     import numpy
 
     # A model that says the same number for all has no correlation: 0, not "not a number".
@@ -83,18 +83,18 @@ def _correlation(function, predictions, references):
     return numpy.nan_to_num(function(predictions, references).statistic)
 
 
-def _perplexity(predictions, references):
+def _perplexity(predictions: Sequence, references: Sequence) -> float:
     # A diverged model has a loss beyond the range of exp; a large finite number says so as well.
     return math.exp(min(math.fsum(predictions) / sum(references), 700.0))
 
 
-def _all_right(predictions, references):
+def _all_right(predictions: Sequence, references: Sequence) -> float:
     equal = [prediction == reference for prediction, reference in zip(predictions, references, strict=True)]
     return sum(equal) / len(equal)
 
 
-def _best_of_answers(match):
-    def value(predictions, references):
+def _best_of_answers(match: Callable[[str, str], float]) -> Callable[[Sequence, Sequence], float]:
+    def value(predictions: Sequence, references: Sequence) -> float:
         best = [
             max(match(prediction, answer) for answer in answers or [""])
             for prediction, answers in zip(predictions, references, strict=True)

@@ -5,6 +5,7 @@ schemes, numbers of clients and numbers of labels.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -102,8 +103,8 @@ class PartitionFile(Settings):
         partition: str,
         data_sha256: str,
         code_sha256: str = "",
-        label_names: list[str] = (),
-        group_names: list[str] = (),
+        label_names: Sequence[str] = (),
+        group_names: Sequence[str] = (),
     ) -> "PartitionFile":
         """Draw a partition (arguments as in `divide`) and measure its skew."""
         parts, moved = draw(config, clients, labels, groups, seed, indices)

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import pyarrow
@@ -78,7 +78,7 @@ def content_hash(columns: dict, description: dict) -> str:
     digest = hashlib.sha256()
     for name, column in sorted(columns.items()):
         if isinstance(column, numpy.ndarray):
-            content = numpy.ascontiguousarray(column)
+            content: bytes | memoryview = numpy.ascontiguousarray(column).data
         else:
             content = json.dumps(column.to_pylist()).encode()
         digest.update(f"{name} {getattr(column, 'dtype', 'text')} {len(column)}\n".encode())
@@ -158,7 +158,7 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.columns["example_offsets"]) - 1
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         # Only called for what is not found otherwise: kind, metric, sha256, max_length ...
         try:
             return self.__dict__["description"][name]
@@ -269,8 +269,8 @@ class Prepared:
         Two arrays (windows, length) beside those of `batch`; -1 for tokens that are not of the document.
         """
         mask, source = self._layout(self._windows_of(numpy.asarray(indices)))
-        columns = (self.columns["character_start"], self.columns["character_end"])
-        return tuple(_fill(mask, column[source], -1) for column in columns)
+        starts, ends = self.columns["character_start"], self.columns["character_end"]
+        return _fill(mask, starts[source], -1), _fill(mask, ends[source], -1)
 
     def cap_length(self, tokens: int) -> "Prepared":
         """Return the same examples cut to at most so many tokens, for a method whose own tokens need room.

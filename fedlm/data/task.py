@@ -49,12 +49,12 @@ class Windows(Settings):
     max_answer_tokens: int = Field(30, ge=1, le=100_000, description="longest answer that is predicted")
 
 
-def check_windows(config) -> None:
+def check_windows(max_length: int, doc_stride: int) -> None:
     """Raise ValueError if the settings leave no room for a document beside the longest question."""
-    if config.max_length < 32 or config.doc_stride >= config.max_length // 2 - 8:
+    if max_length < 32 or doc_stride >= max_length // 2 - 8:
         raise ValueError(
-            f"max_length {config.max_length} with doc_stride {config.doc_stride}; allowed: at least 32 with "
-            f"a stride below {config.max_length // 2 - 8} (half is for the question)"
+            f"max_length {max_length} with doc_stride {doc_stride}; allowed: at least 32 with "
+            f"a stride below {max_length // 2 - 8} (half is for the question)"
         )
 
 
@@ -90,16 +90,16 @@ class Task:
         title: for tables and figures.
         reference: one line, where the data come from.
         kind: what the model does with it.
-        metrics: names of `fedlm.data.metrics`, the main one first; None takes those of the kind.
+        metrics: names of `fedlm.data.metrics`, the main one first; if empty, those of the kind.
         label_names: the words for the classes, where they are known without the data.
         has_groups: whether the data have natural client populations.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
-    reference: ClassVar[str]
+    title: str
+    reference: str
     kind: Kind = "classification"
-    metrics: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ()
     label_names: Sequence[str] = ()
     has_groups: bool = False
 
@@ -115,10 +115,11 @@ class Task:
         )
         test_share: float = Field(0.2, gt=0, lt=0.5, description="of the training rows, if none is official")
 
-    def __init__(self, config: Settings | dict | None = None):
-        self.config = config if isinstance(config, Settings) else self.Config(**(config or {}))
-        if self.metrics is None:
-            self.metrics = METRICS[self.kind]
+    config: Config
+
+    def __init__(self, config: Config | dict | None = None) -> None:
+        self.config = self.Config(**(config or {})) if isinstance(config, dict | None) else config
+        self.metrics = self.metrics or METRICS[self.kind]
 
     def check(self) -> None:
         """Raise UserError if the data cannot be had. Cheap: no model, no download, no tokenisation."""

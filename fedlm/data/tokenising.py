@@ -2,8 +2,10 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy
+import pandas
 import pyarrow
 from tqdm import tqdm
 
@@ -56,7 +58,7 @@ def prepare(task: Task, model: ModelConfig, destination: Path) -> "Prepared":
     return prepared
 
 
-def tokenise(task: Task, corpus: Corpus, tokenizer) -> "Prepared":
+def tokenise(task: Task, corpus: Corpus, tokenizer: Any) -> "Prepared":
     """Return a task's corpus as token ids of `tokenizer` (a fast tokenizer of Transformers).
 
     A bar shows the progress where standard error is a terminal.
@@ -114,7 +116,9 @@ def tokenise(task: Task, corpus: Corpus, tokenizer) -> "Prepared":
     return Prepared({**description, "sha256": content_hash(columns, description)}, columns)
 
 
-def _text_windows(rows, tokenizer, config, leading) -> dict:
+def _text_windows(
+    rows: pandas.DataFrame, tokenizer: Any, config: Any, leading: list[int]
+) -> dict[str, numpy.ndarray]:
     """One window an example: the text, or the pair of texts, cut at the end of the longer one."""
     limit = CHARACTERS_PER_TOKEN * config.max_length
     columns = [column for column in ("text", "text_pair") if column in rows]
@@ -127,7 +131,9 @@ def _text_windows(rows, tokenizer, config, leading) -> dict:
     return found
 
 
-def _causal_windows(rows, tokenizer, config, leading) -> dict:
+def _causal_windows(
+    rows: pandas.DataFrame, tokenizer: Any, config: Any, leading: list[int]
+) -> dict[str, numpy.ndarray]:
     """One window an example: leading special tokens, prompt, target, end of text. Only the target counts.
 
     Prompt and target are tokenised apart, as a model that answers a prompt sees them.
@@ -147,7 +153,9 @@ def _causal_windows(rows, tokenizer, config, leading) -> dict:
     return {**_one_window_each(windows), "target_start": numpy.array(target_starts, numpy.int32)}
 
 
-def _answer_windows(rows, tokenizer, config, leading) -> dict:
+def _answer_windows(
+    rows: pandas.DataFrame, tokenizer: Any, config: Any, leading: list[int]
+) -> dict[str, numpy.ndarray]:
     """Question and document in overlapping windows; where the answer is, in tokens of each window.
 
     A window that does not hold the whole (first) answer points at position 0, as Transformers' own script
@@ -189,7 +197,7 @@ def _answer_windows(rows, tokenizer, config, leading) -> dict:
     return found
 
 
-def _cut(question: str, tokenizer, tokens: int) -> str:
+def _cut(question: str, tokenizer: Any, tokens: int) -> str:
     """Return the beginning of a question that is at most so many tokens long."""
     offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return question if len(offsets) <= tokens else question[: offsets[tokens - 1][1]]
@@ -205,7 +213,7 @@ def _span(characters: numpy.ndarray, start: int, end: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -215,7 +223,7 @@ def _special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _padding(tokenizer) -> int:
+def _padding(tokenizer: Any) -> int:
     """Return the token that fills up a batch; it is masked, so that any token would do."""
     found = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0]
     return next(token for token in found if token is not None)
@@ -229,5 +237,5 @@ def _one_window_each(windows: list[list[int]]) -> dict:
     }
 
 
-def _flat(windows: list[list[int]], dtype) -> numpy.ndarray:
+def _flat(windows: list[list[int]], dtype: type) -> numpy.ndarray:
     return numpy.fromiter(itertools.chain.from_iterable(windows), dtype)

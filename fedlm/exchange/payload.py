@@ -139,7 +139,7 @@ class Message:
         """Yield the bytes in order, tensor by tensor."""
         yield self._header
         for name in self._order:
-            yield memoryview(self.parts[name].cpu().flatten().view(torch.uint8).numpy())
+            yield self.parts[name].cpu().flatten().view(torch.uint8).numpy().data
 
     def __bytes__(self) -> bytes:
         return b"".join(self.chunks())

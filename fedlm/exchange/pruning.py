@@ -145,15 +145,14 @@ def _refine(weight: Tensor, mask: Tensor, inputs: Inputs) -> Tensor:
     # The first CYCLES candidates of each row, best first: for rows whose output is too small, then for those
     # where it is too large. Shapes (2, out, depth).
     depth = min(CYCLES, weight.shape[1])
-    growing, pruning, usable = [], [], []
+    candidates = []
     for sign in (1, -1):
         helps = sign * effect > 0
         gain = (sign * growth).masked_fill(mask | ~helps, -torch.inf).topk(depth, 1)
         loss = scores.masked_fill(~mask | ~(sign * effect < 0), torch.inf).topk(depth, 1, largest=False)
-        growing.append(gain.indices)
-        pruning.append(loss.indices)
-        usable.append(gain.values.isfinite() & loss.values.isfinite())
-    growing, pruning, usable = torch.stack(growing), torch.stack(pruning), torch.stack(usable)
+        usable_here = gain.values.isfinite() & loss.values.isfinite()
+        candidates.append((gain.indices, loss.indices, usable_here))
+    growing, pruning, usable = map(torch.stack, zip(*candidates, strict=True))
 
     mask = mask.clone()
     row = torch.arange(len(weight), device=weight.device)

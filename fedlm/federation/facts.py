@@ -14,7 +14,7 @@ class Facts:
     """What a method may ask about a model: `positions` is None where there is no limit."""
 
     family: str
-    kind: str
+    kind: Kind
     blocks: int
     hidden: int
     positions: int | None

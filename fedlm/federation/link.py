@@ -92,8 +92,7 @@ class Link:
             return
         seen = self.seen.setdefault(client, {})
         for name, value in sent.items():
-            exact = isinstance(value, Tensor)
-            source = value if exact else value.tensor
+            source = value if (exact := isinstance(value, Tensor)) else value.tensor
             known = source is self.server.tensors.get(name)
             seen[name] = (self.server.version.get(name, 0) if known else NO_VERSION, exact)
 

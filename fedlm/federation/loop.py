@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fedlm.base.randomness import numpy_stream
 from fedlm.data.prepared import Prepared, Split
@@ -32,7 +33,7 @@ class Federation(Rounds):
     def __init__(
         self,
         method: Method,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         data: Prepared,
         split: Split,
         parts: list[numpy.ndarray],
@@ -45,12 +46,12 @@ class Federation(Rounds):
         self.split, self.log, self.data = split, log, data
         broadcast = payload.size(dict(model.named_parameters()), method.config.payload)
         device = _device(training.device)
-        model = method.prepare(model, data.kind).to(device)
+        prepared = method.prepare(model, data.kind).to(device)
         if positions and method.virtual_tokens():
             self.data = data.cap_length(positions - method.virtual_tokens())
         super().__init__(
             method,
-            model,
+            prepared,
             method.population(parts),
             Batches(self.data, device),
             federation,

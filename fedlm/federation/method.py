@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy
     from torch import Tensor
     from torch.nn import Module
+    from transformers import PreTrainedModel
 
     from fedlm.federation.facts import Facts
     from fedlm.federation.turn import Turn
@@ -77,23 +78,23 @@ class Method:
         """Return who holds which training examples, given the partition's index arrays."""
         return parts
 
-    def adapt(self, model: Module, kind: str) -> Module:
+    def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         """Return the model with what the method adds to it; freeze what no client ever trains.
 
         The parameters that require a gradient afterwards are those that some client trains somewhere.
         """
         return model
 
-    def prepare(self, model: Module, kind: str) -> Module:
+    def prepare(self, model: PreTrainedModel, kind: str) -> Module:
         """Adapt the pretrained model and note its blocks and its exchanged parameters."""
         from fedlm.base.randomness import derive, isolated
         from fedlm.models.blocks import find_blocks
 
         self.anatomy = find_blocks(model)
         with isolated(derive(self.seed, "adapter")):
-            model = self.adapt(model, kind)
-        self.exchanged = [name for name, value in model.named_parameters() if value.requires_grad]
-        return model
+            adapted = self.adapt(model, kind)
+        self.exchanged = [name for name, value in adapted.named_parameters() if value.requires_grad]
+        return adapted
 
     def cohorts(self, clients: list[int], round: int) -> list[list[int]]:
         """Split the round's clients into cohorts, each starting from one server state and merged together."""

@@ -1,7 +1,7 @@
 """The optimizer of a client's turn, and the schedule of its learning rate."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class LocalOptimizer:
         }
         updated = [self.masters.get(name, value) for name, value in parameters.items()]
         if settings.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
                 updated,
                 lr=settings.learning_rate,
                 betas=settings.betas,
@@ -146,7 +146,7 @@ class LocalOptimizer:
                 self.optimizer.state[updated] = state
 
 
-def state_of(names: Iterable[str], parameters: dict[str, Tensor], settings: Training) -> dict[str, Tensor]:
+def state_of(names: Iterable[str], parameters: Mapping[str, Tensor], settings: Training) -> dict[str, Tensor]:
     """Return tensors without values, named and shaped as `LocalOptimizer.moments` after a step."""
     kinds = ("exp_avg", "exp_avg_sq") if settings.optimizer == "adamw" else ("momentum_buffer",)
     if settings.optimizer == "sgd" and not settings.momentum:

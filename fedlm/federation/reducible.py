@@ -46,6 +46,7 @@ def require_reducible(method: Method, anatomy: Anatomy) -> None:
                 movable = not isinstance(operator, LayerDrop) or block.module in anatomy.layers
                 if movable and not exchanged.isdisjoint(block.parameters):
                     return
+    assert operator is not None
     raise UserError(
         f"compression: {operator.operator} finds nothing to reduce, since every client of {method.name} "
         "trains all that it downloads; allowed: no compression, or a method whose clients train some of the "

@@ -11,7 +11,7 @@ no values (meta): copying and decoding them does nothing, and the turn records i
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy
 import torch
@@ -162,7 +162,7 @@ class Rounds:
                 if "@" not in name:
                     self.parameters[name].copy_(value)
 
-    def _isolated(self, purpose: str, client: int, round: int):
+    def _isolated(self, purpose: str, client: int, round: int) -> AbstractContextManager[None]:
         return isolated(derive(self.seed, purpose, round, client))
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import torch
@@ -10,10 +11,14 @@ import torch.nn.functional as functional
 from fedlm.data import metrics
 from fedlm.data.prepared import IGNORED, Prepared
 
+Batch = dict[str, torch.Tensor]
+# What is predicted (one list, or one for each metric), and what is right.
+Predicted = tuple[list | dict[str, list], list]
+
 LABELS = ("labels", "start_positions", "end_positions")
 
 
-def losses(kind: str, outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def losses(kind: str, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the losses, float32, whose mean over one batch is the loss that Transformers' models compute.
 
     (For question answering theirs lets padding be chosen and so depends on its amount; here it cannot be.)
@@ -43,7 +48,7 @@ def losses(kind: str, outputs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return _cross_entropy(logits, targets)
 
 
-def _target_logits(outputs, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _target_logits(outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits that predict a target token, (target tokens, words), and the tokens."""
     labels = batch["labels"]
     wanted = labels[:, 1:] != IGNORED
@@ -129,15 +134,21 @@ def _batches(data: Prepared, ordered: numpy.ndarray, batch_size: int) -> Iterato
 # are what `losses` gave, in float64.
 
 
-def _predict_class(outputs, batch, data, examples, values):
+def _predict_class(
+    outputs: Any, batch: Batch, data: Prepared, examples: numpy.ndarray, values: torch.Tensor
+) -> Predicted:
     return outputs.logits.argmax(-1).tolist(), batch["labels"].tolist()
 
 
-def _predict_number(outputs, batch, data, examples, values):
+def _predict_number(
+    outputs: Any, batch: Batch, data: Prepared, examples: numpy.ndarray, values: torch.Tensor
+) -> Predicted:
     return outputs.logits.float().squeeze(-1).tolist(), batch["labels"].tolist()
 
 
-def _predict_tokens(outputs, batch, data, examples, values):
+def _predict_tokens(
+    outputs: Any, batch: Batch, data: Prepared, examples: numpy.ndarray, values: torch.Tensor
+) -> Predicted:
     """Return each example's summed loss and number of right tokens, and its number of target tokens."""
     logits, targets = _target_logits(outputs, batch)
     wanted = batch["labels"][:, 1:] != IGNORED
@@ -148,7 +159,9 @@ def _predict_tokens(outputs, batch, data, examples, values):
     return {"perplexity": sums[0].tolist(), "exact_match": sums[1].long().tolist()}, wanted.sum(1).tolist()
 
 
-def _predict_answer(outputs, batch, data, examples, values):
+def _predict_answer(
+    outputs: Any, batch: Batch, data: Prepared, examples: numpy.ndarray, values: torch.Tensor
+) -> Predicted:
     """Return each example's answer: the best span of document tokens in any of its windows.
 
     Where the task has questions without an answer, there is none if position 0 scores higher than that span,
@@ -168,18 +181,18 @@ def _predict_answer(outputs, batch, data, examples, values):
         best = torch.where(better, value, best)
         first = torch.where(better, position, first)
         last = torch.where(better, position + distance, last)
-    best, first, last = best.tolist(), first.tolist(), last.tolist()
-    predictions, window = [], 0
+    highest, begin, end_of = best.tolist(), first.tolist(), last.tolist()
+    predictions, stop = [], 0
     for example in examples:
-        windows = range(window, window + data.windows[example])
-        window = windows.stop
-        chosen = max(windows, key=best.__getitem__)
-        unanswered = data.unanswerable and min(none[w] for w in windows) > best[chosen]
-        if unanswered or best[chosen] == -math.inf:
+        windows = range(stop, stop + data.windows[example])
+        stop = windows.stop
+        chosen = max(windows, key=highest.__getitem__)
+        unanswered = data.unanswerable and min(none[w] for w in windows) > highest[chosen]
+        if unanswered or highest[chosen] == -math.inf:
             predictions.append("")
         else:
             text = data.columns["context"][int(example)].as_py()
-            predictions.append(text[starts[chosen, first[chosen]] : ends[chosen, last[chosen]]])
+            predictions.append(text[starts[chosen, begin[chosen]] : ends[chosen, end_of[chosen]]])
     return predictions, data.columns["answers"].take(examples).to_pylist()
 
 

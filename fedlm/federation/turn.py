@@ -181,8 +181,8 @@ class Turn:
 
     def _probe(self, segment: Segment, size: int, train: Callable[[Turn], None]) -> None:
         names = segment.trainable
-        before = {name: self.received.get(name) for name in names}
-        before |= {name: self._parameters[name].detach().clone() for name in names if before[name] is None}
+        before = {name: self.received[name] for name in names if name in self.received}
+        before |= {name: self._parameters[name].detach().clone() for name in names if name not in before}
 
         def act(tracker: MemoryTracker) -> None:
             train(probing := _ProbingTurn(self, segment, tracker))
@@ -216,7 +216,7 @@ class Turn:
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trainable)
             parameter.grad = None
-        chosen = {name: self._parameters[name] for name in segment.trainable}
+        chosen: dict[str, Tensor] = {name: self._parameters[name] for name in segment.trainable}
         optimizer = LocalOptimizer(chosen, {**self.received, **self._values}, self.settings)
         if self.moments != "reset":
             optimizer.set_moments(self.kept if self.moments == "client" else self.received)

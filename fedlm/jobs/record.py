@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlm.base.files import write_atomically
 from fedlm.jobs import provenance
+from fedlm.measure.memory import Memory
 from fedlm.study.study import RunConfig
 
 if TYPE_CHECKING:  # it takes seconds to import, and writing a record does not need it
@@ -79,12 +80,12 @@ def build(
     }
 
 
-def _memory(memory) -> dict[str, int]:
+def _memory(memory: Memory) -> dict[str, int]:
     values = asdict(memory)
     return {"peak_memory_bytes": values.pop("peak")} | {f"{kind}_bytes": n for kind, n in values.items()}
 
 
-def _block_number(item) -> tuple[int, str]:
+def _block_number(item: tuple[str, Any]) -> tuple[int, str]:
     first = item[0].removeprefix("block ").partition("+")[0]
     return (int(first), item[0]) if first.isdigit() else (-1, item[0])
 

@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlm.base.errors import FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
 from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance, record
 from fedlm.study.study import Run, RunConfig, Study
+
+if TYPE_CHECKING:
+    from fedlm.data.prepared import Prepared
 
 RESULTS = Path("results")
 
@@ -50,7 +53,7 @@ class Folders:
         return self.root / "finished" / f"{fingerprint}.json"
 
 
-def prepare(study: Study, task: str, folders: Folders):
+def prepare(study: Study, task: str, folders: Folders) -> "Prepared":
     """Tokenise a task once; return the prepared data."""
     from fedlm.data.tokenising import prepare
 
@@ -111,7 +114,7 @@ def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
     return (found.data_sha256, found.code_sha256, found.config, found.clients) == asked
 
 
-def partition(study: Study, task: str, label: str, seed: int, folders: Folders):
+def partition(study: Study, task: str, label: str, seed: int, folders: Folders) -> PartitionFile:
     """Divide a prepared task's training examples among the clients and write the partition file."""
     from fedlm.data.prepared import Prepared
 
@@ -261,9 +264,8 @@ def _train(
     # Transformers speaks to its own developers through peft's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     started = time.perf_counter()
-    source = provenance.source(
-        config.method_class, config.task_class
-    )  # now, not after hours in which files change
+    # Now, not after hours in which files change.
+    source = provenance.source(config.method_class, config.task_class)
     data = Prepared.load(folders.task(run.task))
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:

@@ -5,17 +5,26 @@ rest of a transformer is below a percent. The backward pass of fused attention c
 this is counted, as in PyTorch's formulas for GPUs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
-def _attention(query, key, value, *others, **options) -> int:
+def _attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *others: object, **options: object
+) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(output_gradient, query, key, value, *others, **options) -> int:
+def _attention_backward(
+    output_gradient: Sequence[int],
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    *others: object,
+    **options: object,
+) -> int:
     return sdpa_backward_flop_count(output_gradient, query, key, value)
 
 

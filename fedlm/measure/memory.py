@@ -11,11 +11,12 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 from torch.optim.optimizer import (
+    Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
@@ -118,7 +119,7 @@ class MemoryTracker(TorchDispatchMode):
                 peak, split = total, dict(current)
         return Memory(peak=peak, **split)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.mark(self._model.parameters(), "parameter")
         self.mark(self._model.buffers(), "parameter")
         self._mark_gradients(self._model.parameters())
@@ -130,17 +131,18 @@ class MemoryTracker(TorchDispatchMode):
         self._hooks.append(register_optimizer_step_post_hook(self._after_optimizer))
         return super().__enter__()
 
-    def __exit__(self, *error):
-        result = super().__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
         for finalizer in self._finalizers.values():
             finalizer.detach()
         self._finalizers.clear()
         self._held.clear()
-        return result
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._paused:
             return function(*args, **kwargs)
@@ -178,13 +180,13 @@ class MemoryTracker(TorchDispatchMode):
     def _mark_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
         self.mark((p.grad for p in parameters if p.grad is not None), "gradient")
 
-    def _before_optimizer(self, optimizer, args, kwargs) -> None:
+    def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._mark_gradients(parameters)
         # Parameters of the optimizer that are not the model's are its float32 copies.
         self.mark(parameters, "optimizer")
 
-    def _after_optimizer(self, optimizer, args, kwargs) -> None:
+    def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         state = (value for values in optimizer.state.values() for value in tree_iter(values))
         self.mark((value for value in state if isinstance(value, torch.Tensor)), "optimizer")
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -119,13 +120,13 @@ def skip(model: nn.Module, block_indices: Iterable[int]) -> Iterator[None]:
     class SkippingList(nn.ModuleList):
         """The list as the forward pass sees it. Names and parameters come from `_modules`, which stays."""
 
-        def __iter__(self):
+        def __iter__(self) -> Iterator[nn.Module]:
             return iter([layer for i, layer in enumerate(self._modules.values()) if i not in skipped])
 
-        def __len__(self):
+        def __len__(self) -> int:
             return len(self._modules) - len(skipped)
 
-        def __getitem__(self, index):
+        def __getitem__(self, index: Any) -> Any:
             return list(self)[index]
 
     # Changing what the list yields, instead of what a layer returns, needs no knowledge of the tuple that
@@ -159,9 +160,9 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _head_paths(model: nn.Module) -> list[str]:
     """Return the paths of the modules that the task's class puts beside the pretrained model."""
     prefix = ""
-    inner = model
-    if hasattr(model, "get_base_model"):  # wrapped by peft
-        inner = model.get_base_model()
+    inner: Any = model  # to nn.Module every other attribute is a tensor or a module
+    if hasattr(inner, "get_base_model"):  # wrapped by peft
+        inner = inner.get_base_model()
         prefix = next(path for path, module in model.named_modules() if module is inner) + "."
     base = getattr(inner, "base_model", inner)
     # What a causal model has beside its base is the pretrained output embedding, which is no new head.

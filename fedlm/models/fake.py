@@ -7,10 +7,12 @@ counted on a laptop, whatever the model's size.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from fedlm.models.config import Kind, ModelConfig
 from fedlm.models.loading import build_on_meta
@@ -21,7 +23,7 @@ def fake_model(
     config: ModelConfig,
     kind: Kind,
     num_labels: int,
-    prepare: Callable[[nn.Module], nn.Module] | None = None,
+    prepare: Callable[[PreTrainedModel], nn.Module] | None = None,
 ) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
     """Enter a world of fake tensors that holds the model, and yield the mode and the model.
 
@@ -33,11 +35,12 @@ def fake_model(
     (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask masks
     anything and always applies it, as it does for a real batch with padding; without a mask both do without.
     """
-    model = build_on_meta(config, kind, num_labels)
+    pretrained = build_on_meta(config, kind, num_labels)
+    model: nn.Module = pretrained
     if prepare is not None:
         # Under the meta device new adapters get no content either.
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = prepare(model)
+            model = prepare(pretrained)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         to_fake(model)
         yield mode, model
@@ -62,7 +65,8 @@ def to_fake(model: nn.Module) -> None:
     old = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         # Besides what is registered, modules keep copies of buffers as plain attributes.
-        for tensors in (module._parameters, module._buffers, vars(module)):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     old.append(tensor)

@@ -30,7 +30,7 @@ from fedlm.models.config import Kind, ModelConfig
 from fedlm.models.places import Place, find_place, reading
 from fedlm.models.quiet import own_generator
 
-_AUTO_CLASSES = {
+_AUTO_CLASSES: dict[Kind, Any] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "causal": AutoModelForCausalLM,
@@ -199,7 +199,7 @@ def _key_mapping(shape: PreTrainedConfig, kind: Kind) -> dict[str, str] | None:
 
     Transformers' LlamaForQuestionAnswering holds its layers under another name than every Llama checkpoint.
     """
-    classes = _AUTO_CLASSES[kind]._model_mapping, AutoModelForCausalLM._model_mapping
+    classes = _AUTO_CLASSES[kind]._model_mapping, _AUTO_CLASSES["causal"]._model_mapping
     if kind == "causal" or any(type(shape) not in mapping for mapping in classes):
         return None
     here, elsewhere = (mapping[type(shape)].base_model_prefix for mapping in classes)
@@ -218,7 +218,7 @@ def _finish(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
 
 def _share_feed_forward(model: PreTrainedModel) -> None:
     """Let all layers use the feed-forward of the first, as MobiLlama does."""
-    layers = model.base_model.layers
+    layers: Any = model.base_model.layers
     for layer in layers:
         layer.mlp = layers[0].mlp
 

@@ -42,7 +42,7 @@ def _cost_table(
     scene: Scene, quantities: Sequence[Quantity], score: bool
 ) -> tuple[pandas.DataFrame, pandas.DataFrame, numpy.ndarray]:
     """Return numbers, cells and best marks of a table with one row for each task, partition and method."""
-    numbers, cells, values = [], [], []
+    number_rows, cell_rows, value_rows = [], [], []
     texts = task_texts(scene) if score else {task: task for task in scene.tasks}
     for task, partition, method, runs, asked in scene.cells():
         number: dict[str, Any] = {"task": task, "partition": partition, "method": method}
@@ -63,11 +63,12 @@ def _cost_table(
             cell[quantity.heading] = spread(column / quantity.unit)
             value.append(shown_mean(cell[quantity.heading]) if quantity.mark else math.nan)
         cell["Seeds"] = str(len(runs)) if len(runs) == asked else f"{len(runs)} of {asked}"
-        numbers.append(number)
-        cells.append(cell)
-        values.append([*value, math.nan])
-    numbers, cells, values = pandas.DataFrame(numbers), pandas.DataFrame(cells), numpy.array(values, float)
-    best = numpy.zeros(values.shape, dtype=bool)
+        number_rows.append(number)
+        cell_rows.append(cell)
+        value_rows.append([*value, math.nan])
+    numbers, cells = pandas.DataFrame(number_rows), pandas.DataFrame(cell_rows)
+    values: numpy.ndarray = numpy.array(value_rows, float)
+    best: numpy.ndarray = numpy.zeros(values.shape, dtype=bool)
     if len(numbers):
         # Scores of fewer seeds are not compared with those of more; costs hardly depend on the seed.
         most = numbers.groupby(CELL)["seeds"].transform("max")

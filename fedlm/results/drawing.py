@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.ticker
@@ -55,7 +55,7 @@ class Style(NamedTuple):
 
     colour: str
     marker: str
-    line: str | tuple
+    line: Any  # what matplotlib takes for a line style
 
 
 _SOLID, _DASHED, _DOTTED, _MIXED = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
@@ -114,7 +114,7 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
     for label in sorted(set(labels) - set(found)):
         start = int.from_bytes(hashlib.sha256(label.encode()).digest()[:4], "big")
 
-        def least_used(choices: Sequence, used: Sequence, start: int = start):
+        def least_used(choices: Sequence, used: Sequence, start: int = start) -> Any:
             turned = [choices[(start + step) % len(choices)] for step in range(len(choices))]
             return min(turned, key=used.count)
 
@@ -153,7 +153,7 @@ def save_figure(figure: Figure, path: Path) -> list[Path]:
     return written
 
 
-def panels(rows: int, columns: int, height: float = 1.45, **sharing) -> tuple[Figure, numpy.ndarray]:
+def panels(rows: int, columns: int, height: float = 1.45, **sharing: Any) -> tuple[Figure, numpy.ndarray]:
     """Return a figure and its (rows, columns) axes; `height` is that of a row, in inches.
 
     A figure of one column of panels has the width of one column of the paper.
@@ -194,10 +194,10 @@ def logarithmic_axis(axes: Axes) -> None:
         low, high = axes.get_xlim()
         return low > 0 and high < 30 * low
 
-    def major(value: float, place: int) -> str:
-        return f"{value:g}" if short() else powers(value, place)
+    def major(value: float, place: float) -> str:
+        return f"{value:g}" if short() else powers(value, int(place))
 
-    def minor(value: float, _: int) -> str:
+    def minor(value: float, _: float) -> str:
         digit = round(value / 10 ** math.floor(math.log10(value)))
         return f"{value:g}" if short() and digit in (2, 5) else ""
 
@@ -206,7 +206,7 @@ def logarithmic_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(minor)
 
 
-def edge(style: Style) -> dict[str, object]:
+def edge(style: Style) -> dict[str, Any]:
     """Return the edge of a marker: white around filled ones, so that they stand out where lines cross."""
     if style.marker in Line2D.filled_markers:
         return {"markeredgecolor": "white", "markeredgewidth": 0.4}

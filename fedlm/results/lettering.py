@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fedlm.results.drawing import Style, method_legend
 from fedlm.results.scene import Scene
@@ -15,7 +16,9 @@ def note_missing(figure: Figure, text: str) -> None:
     line = 0.13
     height = figure.get_figheight() + line
     figure.set_figheight(height)
-    figure.get_layout_engine().set(rect=(0, line / height, 1, 1 - line / height))
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine), "figures are made by `drawing.panels`"
+    engine.set(rect=(0, line / height, 1, 1 - line / height))
     figure.text(0.995, 0.02 / height, text, ha="right", va="bottom", fontsize=6.5, color="#b00000")
 
 

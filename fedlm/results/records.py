@@ -7,7 +7,7 @@ the same records give the same bytes, and deleting the compiled files loses noth
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Final, Any, Literal
 
 import pandas
 import pyarrow
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedlm.base.errors import UserError
 from fedlm.base.files import write_atomically
 
-RECORD_VERSION = 1
+RECORD_VERSION: Final = 1
 # Rows of rounds that are held before they are compressed: bounds the memory, whatever the number of records.
 ROWS_IN_MEMORY = 50_000
 
@@ -102,7 +102,7 @@ class _Round(_Part):
 
 
 class _Record(_Part):
-    record: Literal[RECORD_VERSION]
+    record: Literal[1]  # RECORD_VERSION
     study: str
     task: str
     partition: str
@@ -189,7 +189,7 @@ def collect(records: Iterable[Path], rounds_path: Path, runs_path: Path) -> int:
     origins: dict[tuple, tuple[str, Path]] = {}
     sink = pyarrow.BufferOutputStream()
     with pyarrow.parquet.ParquetWriter(sink, _ROUND_SCHEMA, compression="zstd") as writer:
-        rows = {name: [] for name in _ROUND_SCHEMA.names}
+        rows: dict[str, list] = {name: [] for name in _ROUND_SCHEMA.names}
         for path in paths:
             record = read(path)
             _same_origin(record, path, origins)
@@ -300,7 +300,7 @@ def _add_rounds(rows: dict[str, list], record: _Record) -> None:
     costs = ["upload_bytes", "download_bytes", "flops", *(f"{name}_seconds" for name in SECONDS)]
     for name in (*costs, "participants", "dropped"):
         rows[name].append(0)
-    sums = dict.fromkeys(costs, 0)
+    sums: dict[str, float] = dict.fromkeys(costs, 0)
     for entry in record.rounds:
         rows["round"].append(entry.round)
         rows["validation_score"].append(entry.validation_score)

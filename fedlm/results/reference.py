@@ -111,8 +111,8 @@ def reference_table(scene: Scene, path: Path = REFERENCE) -> Table:
                 add(task, quantity, scene.title(method), partition, "this study", float(values.mean()), text)
     notes = [
         f"{source.name}: {source.reference}; {source.note}."
-        for source in dict.fromkeys(source.name for source in used)
-        for source in [next(one for one in used if one.name == source)]
+        for name in dict.fromkeys(one.name for one in used)
+        for source in [next(one for one in used if one.name == name)]
     ]
     if cells:
         notes.insert(

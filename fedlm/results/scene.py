@@ -65,7 +65,7 @@ class Scene(NamedTuple):
 
             controls = [name for name, method in discover_methods().items() if method.control]
         titles = dict(titles or {})
-        expected = [Expected(*run) for run in expected]
+        wanted = [Expected(*run) for run in expected]
         every = len(runs)
         if expected:
             asked = pandas.MultiIndex.from_tuples(expected)
@@ -73,7 +73,7 @@ class Scene(NamedTuple):
             runs = runs[keys.isin(asked)]
 
         def order(name: str, first: Sequence[str] = ()) -> list[str]:
-            found = [getattr(run, name) for run in expected] + sorted(runs[name].unique())
+            found = [getattr(run, name) for run in wanted] + sorted(runs[name].unique())
             used = list(dict.fromkeys(found))
             return [label for label in first if label in used] + [
                 label for label in used if label not in first
@@ -94,7 +94,7 @@ class Scene(NamedTuple):
             methods=methods,
             titles=titles,
             controls={method for method in methods if names.get(method, method) in controls},
-            expected=expected,
+            expected=wanted,
             absent=missing(runs, expected),
             left_out=every - len(runs),
         )

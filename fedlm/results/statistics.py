@@ -75,9 +75,9 @@ def compare(ours: numpy.ndarray, theirs: numpy.ndarray) -> Comparison:
 
 def adjust(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number (Benjamini and Hochberg); NaN stays NaN."""
-    p_values = numpy.asarray(p_values, dtype=float)
-    adjusted = numpy.full(len(p_values), numpy.nan)
-    known = ~numpy.isnan(p_values)
+    values = numpy.asarray(p_values, dtype=float)
+    adjusted = numpy.full(len(values), numpy.nan)
+    known = ~numpy.isnan(values)
     if known.any():
-        adjusted[known] = scipy.stats.false_discovery_control(p_values[known])
+        adjusted[known] = scipy.stats.false_discovery_control(values[known])
     return adjusted.tolist()

@@ -1,5 +1,8 @@
 """Everything that can be checked before the first job: data, models, and what methods ask of them."""
 
+from collections.abc import Callable
+from functools import partial
+
 from fedlm.base.errors import UserError
 from fedlm.data import schemes
 from fedlm.data.task import Task
@@ -16,7 +19,7 @@ def check(study: Study) -> None:
     """
     faults: list[str] = []
 
-    def attempt(path: str, action) -> None:
+    def attempt(path: str, action: Callable[[], object]) -> None:
         try:
             action()
         except UserError as error:
@@ -53,16 +56,13 @@ def check(study: Study) -> None:
                 )
                 continue
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
-            attempt(f"methods.{name}", lambda built=built, found=found: built.check(found))
-            attempt(
-                f"methods.{name}",
-                lambda built=built, model=model, kind=kind: reducible.check(built, model, kind),
-            )
-            room = (found.positions or 10**9) - built.virtual_tokens()
-            if room < 8:
+            attempt(f"methods.{name}", partial(built.check, found))
+            attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
+            virtual, positions = built.virtual_tokens(), found.positions
+            if positions is not None and positions - virtual < 8:
                 faults.append(
-                    f"methods.{name}: {built.virtual_tokens()} virtual tokens; allowed: at most "
-                    f"{found.positions - 8}, which leaves 8 positions for the text"
+                    f"methods.{name}: {virtual} virtual tokens; allowed: at most "
+                    f"{positions - 8}, which leaves 8 positions for the text"
                 )
     if not any(True for _ in study.runs()):
         faults.append("methods: no run is left; allowed: at least one method for a task and a partition")
@@ -70,7 +70,7 @@ def check(study: Study) -> None:
         raise UserError("\n".join(dict.fromkeys(faults)))
 
 
-def _check_partitions(study: Study, label: str, task: Task, attempt) -> None:
+def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -> None:
     """Check that the task can be divided as the study asks, as far as that is known without its data."""
     labels, groups = task.count_labels(), None if task.has_groups else 0
     most = getattr(task.config, "train_examples", None)  # there may be fewer, which the data say later
@@ -78,7 +78,7 @@ def _check_partitions(study: Study, label: str, task: Task, attempt) -> None:
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
         attempt(
             f"partitions.{name} (of tasks.{label})",
-            lambda config=config, clients=clients: schemes.check(config, clients, most, labels, groups),
+            partial(schemes.check, config, clients, most, labels, groups),
         )
 
 

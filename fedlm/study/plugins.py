@@ -17,6 +17,7 @@ from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from fedlm.base.errors import UserError
 from fedlm.data.task import COLUMNS, Task
@@ -25,6 +26,7 @@ from fedlm.study.yaml_files import printable, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (ROOT / "methods", ROOT / "tasks")
+Plugin = TypeVar("Plugin", Method, Task)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -219,7 +221,7 @@ def _take(word: str, name: str, kind: type, path: Path, known: dict) -> None:
     known[name] = kind
 
 
-def _defined_in(path: Path, base: type) -> list[type]:
+def _defined_in(path: Path, base: type[Plugin]) -> list[type[Plugin]]:
     """Return the subclasses of `base` that a file defines (not those it imports)."""
     module = _load(path)
     found = [
@@ -237,6 +239,7 @@ def _load(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "of a .py file"
     module = module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -1,6 +1,7 @@
 """From the content of a study file to a study, with every fault named by the path of its key."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class _Reader:
             self.fault(path, "nested too deeply; allowed: a plain table of settings")
         return None
 
-    def note(self, path: str, error: ValidationError, allowed: list[str] = ()) -> None:
+    def note(self, path: str, error: ValidationError, allowed: Sequence[str] = ()) -> None:
         for item in error.errors(include_url=False):
             where = ".".join([path, *(_word(part) for part in item["loc"])]).strip(".")
             if item["type"] == "extra_forbidden":
@@ -146,16 +147,8 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
         reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
     if reader.faults:
         raise UserError(reader.message(where))
-    return Study(
-        found=found,
-        study=label,
-        seeds=seeds,
-        model=model,
-        tasks=tasks,
-        partitions=partitions,
-        methods=methods,
-        **plain,
-    )
+    values = {"found": found, "study": label, "seeds": seeds, "model": model, "tasks": tasks}
+    return Study.model_validate({**values, "partitions": partitions, "methods": methods, **plain})
 
 
 def of_record(record: dict[str, Any], plugins: list[str] | None = None) -> Study:

@@ -29,7 +29,7 @@ def shown(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a repeated key is an error and aliases are refused (they can explode)."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.YAMLError(
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
                 ) from error
         return super().construct_mapping(node, deep)
 
-    def construct_decimal(self, node):
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
         """Refuse numbers in base 60 (1:30 is 90 in YAML 1.1) and endless ones, which take minutes to read."""
         text = str(self.construct_scalar(node))
         if ":" in text or len(text) > 100:
