@@ -40,29 +40,47 @@ FAMILIES = [
 ]
 
 
+def id_of(name: str, settings: dict) -> str:
+    """Return what a case is called: the method and the values of its settings."""
+    return f"{name}-{'-'.join(map(str, settings.values()))}"
+
+
+def kinds_of(method: type[Method]) -> list[tuple[str, str, str]]:
+    """Return the method's name with each family of models and kind of task that it serves."""
+    return [
+        (method.name, family, kind)
+        for family, kind in FAMILIES
+        if kind in method.kinds
+        # A decoder's classifier finds the last token by its number, which soft prompts do not have.
+        and (method.name, family, kind) != ("fedprompt", "gpt2", "classification")
+    ]
+
+
+METHODS = discover_methods()
+CASES = [(name, {}) for name in sorted(METHODS)]
+CASES += [(name, settings) for name in sorted(METHODS) for settings in SETTINGS.get(name, [])]
+IDS = [id_of(*case) for case in CASES]
+KINDS = [case for name in sorted(METHODS) for case in kinds_of(METHODS[name])]
+
+
+def defaults(name: str, settings: dict) -> dict:
+    return {"tokens": 4, **settings} if name == "fedprompt" else settings
+
+
 def pytest_generate_tests(metafunc):
-    """Parametrise over the methods; with one from outside, over the settings that the command line gives."""
+    """Parametrise over the methods of the folder, or over the one from elsewhere with its settings."""
     file = metafunc.config.getoption("--method-file")
-    given = json.loads(metafunc.config.getoption("--method-settings"))
-    methods = [method_in(Path(file))] if file else [kind for _, kind in sorted(discover_methods().items())]
-    cases = []
-    for method in methods:
-        plain = {"tokens": 4} if method.name == "fedprompt" else given
-        cases += [(method, plain)]
-        cases += [(method, {**plain, **settings}) for settings in SETTINGS.get(method.name, [])]
+    if file:
+        method, given = method_in(Path(file)), json.loads(metafunc.config.getoption("--method-settings"))
+        cases = [(method, given)]
+        kinds = [(method, given, family, kind) for _, family, kind in kinds_of(method)]
+    else:
+        cases = [(METHODS[name], defaults(name, settings)) for name, settings in CASES]
+        kinds = [(METHODS[name], defaults(name, {}), family, kind) for name, family, kind in KINDS]
     if "case" in metafunc.fixturenames:
-        ids = [f"{method.name}-{'-'.join(map(str, settings.values()))}" for method, settings in cases]
+        ids = [id_of(method.name, settings) for method, settings in cases] if file else IDS
         metafunc.parametrize("case", cases, ids=ids, indirect=True, scope="module")
     if "family" in metafunc.fixturenames:
-        plain = dict(reversed(cases))
-        kinds = [
-            (method, plain[method], family, kind)
-            for method in methods
-            for family, kind in FAMILIES
-            if kind in method.kinds
-            # A decoder's classifier finds the last token by its number, which soft prompts do not have.
-            and (method.name, family, kind) != ("fedprompt", "gpt2", "classification")
-        ]
         ids = [f"{method.name}-{family}-{kind}" for method, _, family, kind in kinds]
         metafunc.parametrize(("method", "settings", "family", "kind"), kinds, ids=ids)
 
