@@ -56,7 +56,7 @@ def discover_tasks(folder: Path = ROOT / "tasks") -> dict[str, type[Task]]:
 
 def file_of(plugin: type) -> Path:
     """Return the file in which a method or task was found."""
-    return Path(sys.modules[plugin.__module__].__file__)
+    return Path(inspect.getfile(plugin))
 
 
 def _defined_in(path: Path, base: type[Plugin]) -> list[type[Plugin]]:
