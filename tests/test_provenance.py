@@ -113,8 +113,7 @@ from pathlib import Path
 from fedlm.jobs import provenance
 from fedlm.study.plugins import discover_methods, discover_tasks
 def hashes():
-    for cached in (provenance.code_hash, provenance.data_code_hash, provenance.plugin_files):
-        cached.cache_clear()
+    provenance._hash_of.cache_clear()
     method, task = discover_methods()["fedavg"], discover_tasks()["files"]
     return provenance.code_hash(method, task), provenance.data_code_hash(task)
 found = {"": hashes()}

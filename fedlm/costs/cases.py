@@ -244,7 +244,7 @@ def cost_all(
     processes = min(processes or len(os.sched_getaffinity(0)), len(order))
     kinds = {case.method_class for case in cases}
     outside = sorted({file_of(kind).parent for kind in kinds if not is_own(kind)})
-    with ProcessPoolExecutor(processes, initializer=_begin, initargs=[outside]) as pool:
+    with ProcessPoolExecutor(processes, initializer=_begin, initargs=(outside,)) as pool:
         futures = {pool.submit(_guarded, distinct[key], positions): key for key in order}
         for number, future in enumerate(as_completed(futures), 1):
             case, found[futures[future]] = distinct[futures[future]], future.result()

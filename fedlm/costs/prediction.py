@@ -11,12 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedlm.data.task import Kind
 from fedlm.exchange import payload
@@ -32,6 +31,9 @@ from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import KINDS, Memory, older_objects_set_aside
 from fedlm.models.config import ModelConfig
 from fedlm.models.fake import fake_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LEAST_POSITIONS = 3  # first, second and last: FLOPs are linear in the position from the second block on
 

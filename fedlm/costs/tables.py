@@ -159,7 +159,7 @@ _KINDS = {
     "Parameters": _per("parameter_bytes", 2**30),
     "Gradients": _per("gradient_bytes", 2**30),
     "Optimizer": _per("optimizer_bytes", 2**30),
-    "Method": _per("method_bytes", 2**30),
+    "Method state": _per("method_bytes", 2**30),
     "Activations": _per("activation_bytes", 2**30),
 }
 

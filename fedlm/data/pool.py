@@ -41,14 +41,14 @@ def cut(corpus: Corpus, task: Task) -> Corpus:
             strata = _strata(rows.iloc[pool], task.kind)
             pool = draw(pool, strata, max(limit, SMALLEST), numpy_stream(0, "pool", name))
         kept.append(pool)
-    kept = numpy.sort(numpy.concatenate(kept))
-    if len(kept) == len(rows):
+    chosen = numpy.sort(numpy.concatenate(kept))
+    if len(chosen) == len(rows):
         return corpus
     return Corpus(
-        rows.iloc[kept].reset_index(drop=True),
+        rows.iloc[chosen].reset_index(drop=True),
         corpus.label_names,
         corpus.group_names,
-        {**corpus.dropped, "beyond the pool": len(rows) - len(kept)},
+        {**corpus.dropped, "beyond the pool": len(rows) - len(chosen)},
         training_rows=available,
     )
 

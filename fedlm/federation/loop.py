@@ -3,12 +3,11 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedlm.base.randomness import numpy_stream
 from fedlm.data.prepared import Prepared, Split
@@ -20,6 +19,9 @@ from fedlm.federation.scoring import score
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
 from fedlm.measure.memory import older_objects_set_aside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Federation(Rounds):
@@ -33,7 +35,7 @@ class Federation(Rounds):
     def __init__(
         self,
         method: Method,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         data: Prepared,
         split: Split,
         parts: list[numpy.ndarray],

@@ -3,14 +3,21 @@
 The tests are those of `tests/test_methods.py`, which run on every method of the repository.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlm.base.errors import UserError
+from fedlm.federation.method import Method
 from fedlm.study.plugins import ROOT, method_in
+
+if TYPE_CHECKING:
+    import pytest
 
 TESTS = ROOT / "tests" / "test_methods.py"
 
@@ -23,7 +30,7 @@ class _Reporter:
         self.checks = self.failed = 0
         self.reason = ""
 
-    def pytest_runtest_logreport(self, report) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
         if report.when == "teardown":
@@ -36,7 +43,7 @@ class _Reporter:
             self.say(f"      {'the same reason' if reason == self.reason else reason}")
             self.reason = reason
 
-    def pytest_collectreport(self, report) -> None:
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.checks += 1
             self.failed += 1
@@ -75,7 +82,7 @@ def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = p
     return not reporter.failed
 
 
-def _check_settings(method: type, settings: str) -> None:
+def _check_settings(method: type[Method], settings: str) -> None:
     from pydantic import ValidationError
 
     try:
@@ -101,7 +108,7 @@ def _sentence(nodeid: str) -> str:
     return f"{words} ({case.replace('-', ', ').replace('_', ' ')})" if case else words
 
 
-def _why(report) -> str:
+def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Return the one line that says most about a failure."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:

@@ -22,26 +22,28 @@ FOLDERS = ("fedlm", "methods", "tasks")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
 
 
-@cache
 def code_hash(method: type[Method], task: type[Task]) -> str:
     """Return the SHA-256 of the meaning of all code that a run of this method and this task executes."""
-    return syntax_hash([*of_packages(EXECUTED), *plugin_files(method, task)])
+    return _hash_of(EXECUTED, (*files_of(method), *files_of(task)))
 
 
-@cache
 def data_code_hash(task: type[Task]) -> str:
     """Return the SHA-256 of the meaning of all code that prepares and divides a task."""
-    known = of_packages(PREPARING)
-    return syntax_hash([*known, *with_imports(files_of(task), known)])
+    return _hash_of(PREPARING, tuple(files_of(task)))
 
 
 @cache
+def _hash_of(packages: tuple[str, ...], plugins: tuple[Path, ...]) -> str:
+    """Return the hash of packages, of plug-ins' files and of what these import besides."""
+    known = of_packages(packages)
+    return syntax_hash([*known, *with_imports(plugins, known)])
+
+
 def plugin_files(method: type[Method], task: type[Task]) -> list[Path]:
     """Return the files of a method and a task, and those that they import beside what every run executes."""
     return with_imports([*files_of(method), *files_of(task)], of_packages(EXECUTED))
 
 
-@cache
 def source(method: type[Method], task: type[Task]) -> dict[str, object]:
     """Return `commit`, `dirty` and `untracked` of the source that a run of this method and task executes."""
     return source_of(plugin_files(method, task))

@@ -130,7 +130,7 @@ def memory_table(scene: Scene) -> Table:
         Quantity("parameter_bytes", "Parameters", 2**20),
         Quantity("gradient_bytes", "Gradients", 2**20),
         Quantity("optimizer_bytes", "Optimizer", 2**20),
-        Quantity("method_bytes", "Method", 2**20),
+        Quantity("method_bytes", "Method state", 2**20),
         Quantity("activation_bytes", "Activations", 2**20),
         Quantity("resident_set_bytes", "Resident set", 2**20),
     ]
