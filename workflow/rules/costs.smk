@@ -15,7 +15,10 @@ rule predict:
             study.model_dump(mode="json", exclude={"seeds", "partitions", "pipeline"}),
             sources("fedlm/costs/cases.py", "fedlm/costs/prediction.py"),
             methods_used(),
-            [data_code_hash(study.found.tasks[entry.task]) for entry in study.tasks.values()],
+            [
+                data_code_hash(study.found.tasks[entry.task])
+                for entry in study.tasks.values()
+            ],
         ),
     message:
         "Predicting what each method asks for"
