@@ -25,6 +25,10 @@ def test_the_example_of_the_page_runs(tmp_path, place):
     assert "classifier.weight" in moved and any("layer.0" in name for name in moved)
 
 
+def test_the_page_shows_fedprox_in_full():
+    assert (PAGE.parent.parent / "methods" / "fedprox.py").read_text() in PAGE.read_text()
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [

@@ -27,6 +27,8 @@ SETTINGS = {
         {"pooled": True, "switch_every": 2},
         {"blocks_per_turn": 2, "order": "random"},
     ],
+    "fedprox": [{"mu": 1.0}],
+    "scaffold": [{"weights": "examples"}],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
     "fedprompt": [{"form": f, "tokens": 4} for f in ("prefix", "prefix_projected", "p_tuning")],

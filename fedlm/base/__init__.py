@@ -1,4 +1,4 @@
-"""The ground floor: errors, whole files, named random streams, settings, checked downloads.
+"""The ground floor: errors, whole files, named random streams, settings, downloads.
 
-For everyone above: `errors`, `files`, `randomness`, `settings`, `downloads`.
+For everyone above: `errors`, `allocator`, `files`, `randomness`, `settings`, `downloads`.
 """

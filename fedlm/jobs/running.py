@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlm.base.allocator import keep_freed_memory
 from fedlm.base.errors import FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
 from fedlm.data.partition import PartitionFile
@@ -263,6 +264,7 @@ def _train(
 
     # Transformers speaks to its own developers through peft's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    keep_freed_memory()
     started = time.perf_counter()
     # Now, not after hours in which files change.
     source = provenance.source(config.method_class, config.task_class)

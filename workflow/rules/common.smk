@@ -17,10 +17,7 @@ from fedlm.jobs.provenance import code_hash, data_code_hash
 from fedlm.jobs.sources import syntax_hash, with_imports
 from fedlm.study.plugins import files_of
 
-# The jobs run this Python and this repository, whatever PATH and working directory are. glibc would hand a large
-# tensor's memory back to the system at each step and fault it in again: a sixth of the time of a small model's step.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
+# The jobs run this Python and this repository, whatever PATH and working directory are.
 os.environ.update(
     PATH=os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
