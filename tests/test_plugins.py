@@ -12,7 +12,7 @@ import tiny_study
 
 from fedlm.base.errors import UserError
 from fedlm.costs import cases
-from fedlm.jobs import running
+from fedlm.jobs import provenance, running
 from fedlm.jobs.rerun import read, rerun
 from fedlm.study import plugins, yaml_files
 from fedlm.study.check import check
@@ -93,7 +93,9 @@ def test_a_study_finds_what_lies_in_its_folders(tmp_path):
     assert study.methods["few"].title == "Biases (few)" and study.methods["few"].settings.layers == 2
     run = study.run("weather", "iid", "few", 1)
     assert plugins.file_of(run.method_class) == folder / "biases.py"
-    assert plugins.files_of(run.method_class) == [folder / "_common.py", folder / "biases.py"]
+    used = provenance.plugin_files(run.method_class, run.task_class)
+    outside = {path for path in used if not path.is_relative_to(ROOT)}
+    assert outside == {folder / name for name in ("_common.py", "biases.py", "weather.py")}
     assert plugins.file_of(run.task_class) == folder / "weather.py"
     assert not plugins.is_own(run.method_class) and plugins.is_own(study.found.methods["fedavg"])
     jsonschema.validate(yaml_files.read_yaml(path), json.loads(schema()))
@@ -133,23 +135,25 @@ def test_a_run_of_plugins_is_made_made_again_and_costed(tmp_path, monkeypatch, c
 
 def test_a_change_of_a_plugin_or_its_helper_changes_the_hash_of_the_code(tmp_path):
     script = (
-        "import sys; from fedlm.study.reading import load; from fedlm.jobs.provenance import code_hash;"
+        "import sys; from fedlm.study.reading import load; from fedlm.jobs import provenance;"
         "run = load(sys.argv[1]).run('weather', 'iid', 'few', 1);"
-        "print(code_hash(run.method_class, run.task_class))"
+        "print(provenance.code_hash(run.method_class, run.task_class));"
+        "print(provenance.data_code_hash(run.task_class))"
     )
     path, folder = study_of(tmp_path), mine(tmp_path / "mine")
 
-    def hashed() -> str:
+    def hashed() -> list[str]:
         done = subprocess.run(
             [sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        return done.stdout
+        return done.stdout.split()
 
     first = hashed()
     (folder / "unused.py").write_text(BIASES)
     assert hashed() == first
     (folder / "_common.py").write_text(COMMON.replace("'bias'", "'weight'"))
-    assert hashed() != first
+    run, data = hashed()
+    assert run != first[0] and data == first[1]  # the task does not import the method's helper
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fedlm.data.task import Task
 from fedlm.federation.method import Method
 from fedlm.jobs import sources
 from fedlm.jobs.sources import ROOT, of_packages, syntax_hash, with_imports
-from fedlm.study.plugins import files_of
+from fedlm.study.plugins import file_of
 
 # What a run executes; what checks, compiles and draws records does not change them.
 EXECUTED = ("base", "measure", "models", "data", "exchange", "federation")
@@ -24,12 +24,12 @@ PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetens
 
 def code_hash(method: type[Method], task: type[Task]) -> str:
     """Return the SHA-256 of the meaning of all code that a run of this method and this task executes."""
-    return _hash_of(EXECUTED, (*files_of(method), *files_of(task)))
+    return _hash_of(EXECUTED, (file_of(method), file_of(task)))
 
 
 def data_code_hash(task: type[Task]) -> str:
     """Return the SHA-256 of the meaning of all code that prepares and divides a task."""
-    return _hash_of(PREPARING, tuple(files_of(task)))
+    return _hash_of(PREPARING, (file_of(task),))
 
 
 @cache
@@ -41,7 +41,7 @@ def _hash_of(packages: tuple[str, ...], plugins: tuple[Path, ...]) -> str:
 
 def plugin_files(method: type[Method], task: type[Task]) -> list[Path]:
     """Return the files of a method and a task, and those that they import beside what every run executes."""
-    return with_imports([*files_of(method), *files_of(task)], of_packages(EXECUTED))
+    return with_imports([file_of(method), file_of(task)], of_packages(EXECUTED))
 
 
 def source(method: type[Method], task: type[Task]) -> dict[str, object]:

@@ -142,21 +142,6 @@ def file_of(kind: type) -> Path:
     return Path(inspect.getfile(kind)).resolve()
 
 
-def files_of(kind: type) -> list[Path]:
-    """Return the files outside `fedlm/` that a method or task is made of.
-
-    They are its own file, the files of the classes that it derives from, and, beside a plug-in, the helper
-    files of its folder (`_*.py`).
-    """
-    files: set[Path] = set()
-    for one in kind.__mro__:
-        if issubclass(one, (Method, Task)) and one.__module__.partition(".")[0] != "fedlm":
-            files.add(file_of(one))
-            if not is_own(one):
-                files |= set(file_of(one).parent.glob("_*.py"))
-    return sorted(files)
-
-
 def is_own(kind: type) -> bool:
     """Return whether a method or task is the repository's own, not a plug-in from elsewhere."""
     return file_of(kind).parent in OWN

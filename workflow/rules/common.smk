@@ -15,7 +15,7 @@ from fedlm.study.check import check
 from fedlm.base.errors import UserError
 from fedlm.jobs.provenance import code_hash, data_code_hash
 from fedlm.jobs.sources import syntax_hash, with_imports
-from fedlm.study.plugins import files_of
+from fedlm.study.plugins import file_of
 
 # The jobs run this Python and this repository, whatever PATH and working directory are.
 os.environ.update(
@@ -95,7 +95,7 @@ def sources(*names):
 def methods_used():
     """Return a hash of the meaning of the study's method files, which hold titles and what is a control."""
     names = {entry.method for entry in study.methods.values()}
-    files = [path for name in names for path in files_of(study.found.methods[name])]
+    files = [file_of(study.found.methods[name]) for name in names]
     return syntax_hash(with_imports(files))
 
 
