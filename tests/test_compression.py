@@ -149,7 +149,7 @@ def test_stale_blocks_stay_as_they_were_pretrained(place):
 
 @given(st.integers(1, 30), st.floats(0, 1), st.integers(0, 99))
 @settings(deadline=None)
-def test_the_share_of_stale_blocks_is_rounded_and_drawn_anew(count, share, client):
+def test_the_share_of_stale_blocks_is_rounded_and_redrawn_each_turn(count, share, client):
     operator = compression.Stale(operator="stale", share=share)
     updated = [blocks.Block(f"layer_{i}", f"layers.{i}", (f"layers.{i}.weight",)) for i in range(count)]
     left = operator.left_out(updated, 1, 1, client)

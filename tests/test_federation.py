@@ -244,7 +244,7 @@ def test_schedules():
     assert rate_factor(0.7, 0.01, Training()) == 1
 
 
-def test_the_schedule_runs_over_the_federation_or_anew_in_each_turn(place, monkeypatch):
+def test_the_schedule_runs_over_the_federation_or_restarts_in_each_turn(place, monkeypatch):
     seen: dict[str, list] = {"federation": [], "turn": []}
     from fedlm.federation import turn
 
