@@ -1,4 +1,4 @@
-"""The ground floor: errors, whole files, named random streams, settings, checked downloads.
+"""What all packages use: errors, atomic files, named random streams, settings, checked downloads.
 
-For everyone above: `errors`, `files`, `randomness`, `settings`, `downloads`.
+For all others: `errors`, `files`, `randomness`, `settings`, `downloads`.
 """
