@@ -298,7 +298,7 @@ def costs(
             clients=clients,
             rounds=rounds,
         )
-    found = cases.cost_all(asked, positions or None, say=lambda line: print(line, file=sys.stderr))
+    found = cases.cost_all(asked, positions or None, log=lambda line: print(line, file=sys.stderr))
     failures = cases.failures(asked, found)
     for line in failures:
         print(f"error: {line}", file=sys.stderr)

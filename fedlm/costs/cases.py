@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fedlm.base.errors import UserError
 from fedlm.base.files import write_atomically
-from fedlm.costs.prediction import Costs, StatedBatches, predict
+from fedlm.costs.prediction import Costs, GivenBatches, predict
 from fedlm.federation.method import Method, MethodConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.catalogue import CATALOGUE
@@ -61,7 +61,7 @@ def natural_kind(model: ModelConfig) -> Kind:
     return "classification" if shape in ENCODERS else "causal"
 
 
-def stated(
+def case_of(
     model: str,
     method: str,
     *,
@@ -138,7 +138,7 @@ def of_models(
         loading: dict[str, Any] = {"weights": weights, "gradient_checkpointing": gradient_checkpointing}
         ModelConfig(source="x", **loading)
         return [
-            stated(
+            case_of(
                 model,
                 method,
                 kind=kind,
@@ -220,7 +220,7 @@ def cost(case: Case, positions: int | None) -> Costs:
         case.kind,
         case.num_labels,
         [numpy.arange(examples)] * case.federation.clients,
-        StatedBatches(case.kind, room, getattr(shape, "type_vocab_size", 1) > 1),
+        GivenBatches(case.kind, room, getattr(shape, "type_vocab_size", 1) > 1),
         case.federation,
         training,
         positions,
@@ -231,7 +231,7 @@ def cost_all(
     cases: Sequence[Case],
     positions: int | None = None,
     processes: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Costs | UserError]:
     """Return the costs of each case, or why there are none; cases of equal costs are done once.
 
@@ -248,7 +248,7 @@ def cost_all(
         futures = {pool.submit(_guarded, distinct[key], positions): key for key in order}
         for number, future in enumerate(as_completed(futures), 1):
             case, found[futures[future]] = distinct[futures[future]], future.result()
-            say(f"{number} of {len(futures)}: {case.title} on {case.model}")
+            log(f"{number} of {len(futures)}: {case.title} on {case.model}")
     return [found[case.key()] for case in cases]
 
 

@@ -25,8 +25,8 @@ TESTS = ROOT / "tests" / "test_methods.py"
 class _Reporter:
     """Prints a line for each finished check, and the reason under one that failed."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
         self.checks = self.failed = 0
         self.reason = ""
 
@@ -37,20 +37,20 @@ class _Reporter:
             return
         self.checks += 1
         self.failed += report.failed
-        self.say(f"{'FAIL' if report.failed else 'pass'}  {_sentence(report.nodeid)}")
+        self.log(f"{'FAIL' if report.failed else 'pass'}  {_sentence(report.nodeid)}")
         if report.failed:
             reason = _why(report)
-            self.say(f"      {'the same reason' if reason == self.reason else reason}")
+            self.log(f"      {'the same reason' if reason == self.reason else reason}")
             self.reason = reason
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.checks += 1
             self.failed += 1
-            self.say(f"FAIL  the tests can be read\n      {_why(report)}")
+            self.log(f"FAIL  the tests can be read\n      {_why(report)}")
 
 
-def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = print) -> bool:
+def test_method(path: Path, settings: str = "{}", log: Callable[[str], None] = print) -> bool:
     """Run the conformance tests on the method in a file; print a line for each; return whether all pass.
 
     `settings` are the method's, as a JSON table; the rest have their defaults.
@@ -66,7 +66,7 @@ def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = p
     # Only what the tests need: not the user's pytest settings, nor plug-ins of pytest that print.
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    reporter = _Reporter(say)
+    reporter = _Reporter(log)
     options = [
         *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-o", "addopts="),
         *("-p", "no:terminal", "-p", "no:cacheprovider"),
@@ -76,9 +76,9 @@ def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = p
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not reporter.checks:
         raise RuntimeError(f"the tests did not run to their end: {status!r}")
     if reporter.failed:
-        say(f"{method.name}: {reporter.failed} of {reporter.checks} checks failed")
+        log(f"{method.name}: {reporter.failed} of {reporter.checks} checks failed")
     else:
-        say(f"{method.name}: all {reporter.checks} checks passed")
+        log(f"{method.name}: all {reporter.checks} checks passed")
     return not reporter.failed
 
 
