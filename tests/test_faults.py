@@ -292,7 +292,8 @@ def test_ctrl_c_is_no_traceback(undisturbed, tmp_path):
     ended = child.end()
     assert ended.status == 130
     assert "Traceback" not in ended.said
-    assert ended.said.splitlines()[-1].startswith("interrupted; a run continues from its last whole round")
+    last = ended.said.splitlines()[-1]
+    assert last.startswith("interrupted; a run continues from its last completed round")
     goes_on(study, results, expected, rounds_before=3)
 
 
@@ -317,7 +318,7 @@ def test_too_little_memory(undisturbed, tmp_path):
 
     ended = forked.run(act, tmp_path / "log")
     assert ended.status == 1, ended.said
-    assert "out of memory; the run continues from its last whole round" in ended.said.splitlines()[-1]
+    assert "out of memory; the run continues from its last completed round" in ended.said.splitlines()[-1]
     goes_on(study, results, expected, rounds_before=1)
 
 
@@ -347,7 +348,7 @@ def test_two_processes_on_one_run_make_it_once(undisturbed, tmp_path):
     # The dead one's lock is gone with it: the second goes on from where the first was.
     ended = second.end()
     assert ended.status == 0, ended.said
-    assert "films/iid/fedavg/seed1: another process makes it; waiting for its end" in ended.said
+    assert "films/iid/fedavg/seed1: another process is running it; waiting for it to finish" in ended.said
     assert "resumed after round 1/4" in ended.said
     assert hashed(record(results)) == expected
 
@@ -359,7 +360,7 @@ def test_the_second_of_two_processes_takes_the_record_of_the_first(undisturbed, 
     ended = [child.end() for child in children]
     assert [one.status for one in ended] == [0, 0, 0]
     assert sum(one.said.count(": round ") for one in ended) == ROUNDS
-    assert sum("was finished before; its record is put back" in one.said for one in ended) == 2
+    assert sum("already finished; its record is restored" in one.said for one in ended) == 2
     assert hashed(record(results)) == expected
 
 
@@ -518,8 +519,8 @@ def test_a_record_is_enough_to_make_the_run_again(tmp_path):
     replace_in(tmp_path / "data.csv", "film", "play")
     done = fedlm("rerun", path, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "different: final payload: " in done.stdout and "not the same: data: " in done.stdout
-    assert "not the same: code" not in done.stdout
+    assert "different: final payload: " in done.stdout and "changed: data: " in done.stdout
+    assert "changed: code" not in done.stdout
 
     (tmp_path / "data.csv").unlink()
     done = fedlm("rerun", path, cwd=tmp_path)

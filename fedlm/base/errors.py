@@ -4,8 +4,8 @@
 class UserError(Exception):
     """Something the user must change: a key, a value, a file.
 
-    The message names the key or file, the value found there and what is allowed. The command line prints it as
-    one line and exits with status 2.
+    The message names the key or file, the value found there and what is allowed. The command line prints it
+    as one line and exits with status 2.
     """
 
 

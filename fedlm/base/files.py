@@ -66,7 +66,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file `path`; if another process holds it, call `waits` once and wait until it is released.
+    """Hold the lock file `path`; if another process holds it, call `waits` once and wait for the release.
 
     The system releases the lock when the process dies, so nothing has to be cleaned up. On a file system
     without locks nothing is held.

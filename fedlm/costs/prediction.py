@@ -1,8 +1,8 @@
-"""What a method costs, foretold without weights, data, GPU or network.
+"""What a method costs, predicted without weights, data, GPU or network.
 
 The method's own code runs without values, turn by turn: the same cohorts, payloads, caches, batches and steps
-as in a real run. Each kind of training step is then done once on fake tensors. Bytes and FLOPs come out
-exactly as a record would state them, peak memory to within a percent (in fact nearly to the byte).
+as in a real run. Each kind of training step is then done once on fake tensors. Bytes and FLOPs are
+exactly those of a real run's record, peak memory is within one percent (in fact nearly to the byte).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Costs:
     `broadcast_bytes` is the pretrained model, sent to each client once; `download_bytes` and `upload_bytes`
     are of the whole run, as are `flops`. `turns` counts the turns, `answered` those that ended in an upload.
     `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
-    were not done: they lie between alike blocks that were. `kept_bytes` is what all clients together keep
-    after the run. In `alike`, segments that differ in their position only have the same number.
+    were not measured: they are between equal blocks that were. `kept_bytes` is what all clients together keep
+    after the run. In `alike`, segments that differ only in their position have the same number.
     """
 
     parameters: int
@@ -70,9 +70,9 @@ class Costs:
 
 
 class GivenBatches:
-    """Batches of a stated length; what is in them does not matter.
+    """Batches of a given length; their content does not matter.
 
-    `length` counts tokens, `two_kinds` says whether the model tells first from second sentences.
+    `length` counts tokens, `two_kinds` is whether the model distinguishes first and second sentences.
     """
 
     def __init__(self, kind: Kind, length: int, two_kinds: bool = False) -> None:
@@ -101,7 +101,7 @@ class GivenBatches:
 
 
 class _Work(NamedTuple):
-    """Training that costs the same, wherever it occurs: `what` is a batch's shapes, or a segment's label."""
+    """Training of the same cost wherever it occurs: `what` is a batch's shapes, or a segment's label."""
 
     trainable: tuple[str, ...]
     dropped: tuple[int, ...]
@@ -109,7 +109,7 @@ class _Work(NamedTuple):
 
 
 class _Instance(NamedTuple):
-    """Where work was met first: enough to do it once."""
+    """The first occurrence of some work: enough to do it once."""
 
     turn: _RecordedTurn
     segment: Segment
@@ -117,7 +117,7 @@ class _Instance(NamedTuple):
 
 
 class _RecordedTurn(Turn):
-    """A turn that records what it would do; the work itself is done once for all equal turns."""
+    """A turn that records its work instead of doing it; the work is done once for all equal turns."""
 
     def __init__(self, work: _Recorded, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -151,7 +151,7 @@ class _RecordedTurn(Turn):
             self._work.passes(_Instance(self, segment, [indices]), self._make_batch, backward)
 
     def again(self) -> Turn:
-        """Return a turn that can do what this one recorded, on tensors of the present mode."""
+        """Return a turn that can do the recorded work, on tensors of the current mode."""
         received, kept = _empty(self.received), _empty(self._kept_before)
         return Turn(
             self.model,
@@ -224,7 +224,7 @@ class _Rehearsal(Rounds):
             self.play(round)
 
     def memory_of(self, instance: _Instance) -> Memory:
-        """Do the step of an instance on fake tensors and return its memory."""
+        """Do an instance's step on fake tensors and return its memory."""
         self.instruments.memory.clear()
         self.instruments.largest.clear()
         turn, segment = instance.turn, instance.segment
@@ -233,7 +233,7 @@ class _Rehearsal(Rounds):
         return self.instruments.memory[segment.label]
 
     def flops_of(self, instance: _Instance, backward: bool) -> int:
-        """Return the FLOPs of an instance, done on fake tensors if no equal one was done before."""
+        """Return the FLOPs of an instance, done on fake tensors unless an equal one was done before."""
         turn, trained = instance.turn, set(instance.segment.trainable)
         with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
             self.model.train()
@@ -246,7 +246,7 @@ class _Rehearsal(Rounds):
         return found
 
     def kept_bytes(self) -> int:
-        """Return the bytes of all that clients keep; what several have in the same version is held once."""
+        """Return the bytes of all that clients keep; a version that several clients have is stored once."""
         own = sum(value.nbytes for kept in self.server.kept.values() for value in kept.values())
         seen = {(name, version) for has in self.link.seen.values() for name, (version, _) in has.items()}
         initial = self.server.initial
@@ -272,10 +272,10 @@ def predict(
 
     Args:
         method: not yet prepared.
-        parts: who holds which examples, one array a client; what matters is how many.
+        parts: who holds which examples, one array per client; only their numbers matter.
         batches: makes a batch of examples, of which only shapes matter, with a `size` in tokens.
-        positions: of alike blocks, at how many positions to do a step (at least 3: the first two and the
-            last); between them costs are interpolated. None does all.
+        positions: at how many positions of equal blocks to measure a step (at least 3: the first two and
+            the last); between them costs are interpolated. None measures all.
 
     Raises:
         UserError: the model cannot be found, or the method does not suit it.
@@ -291,7 +291,7 @@ def predict(
         broadcast = payload.size(dict(pretrained.named_parameters()), method.config.payload)
         built = method.prepare(pretrained, kind)
         run = _Rehearsal(method, built, parts, batches, federation, training, method.seed, broadcast)
-        # The rounds pass before the model becomes a fake one, which is many times slower.
+        # The rounds run before the model becomes fake, since fake tensors are many times slower.
         run.run()
         rehearsals.append(run)
         return built
@@ -337,15 +337,15 @@ def _measure(
     measure: Callable[[_Work, _Instance], dict[str, Any]],
     positions: int | None,
 ) -> dict[_Work, dict[str, Any]]:
-    """Return what each work costs; of works that differ in position only, measured at some positions."""
+    """Return what each work costs; of works that differ only in position, some are interpolated."""
     if positions is None:
         return {work: measure(work, instance) for work, instance in instances.items()}
-    alike: dict[Hashable, dict[int, list[_Work]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[Hashable, dict[int, list[_Work]]] = defaultdict(lambda: defaultdict(list))
     for work in instances:
         key, position = _place(work, instances[work])
-        alike[key][position].append(work)
+        groups[key][position].append(work)
     found = {}
-    for places in alike.values():
+    for places in groups.values():
         there = sorted(places)
         chosen = _spread(there, max(positions, LEAST_POSITIONS))
         measured = {place: measure(places[place][0], instances[places[place][0]]) for place in chosen}
@@ -359,7 +359,7 @@ def _measure(
 
 
 def _spread(there: list[int], count: int) -> list[int]:
-    """Return about `count` of the positions: the first two, the last, and evenly between."""
+    """Return about `count` of the positions: the first two, the last, and some evenly spaced between."""
     if len(there) <= count:
         return there
     steps = numpy.linspace(1, len(there) - 1, count - 1)

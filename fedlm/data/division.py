@@ -104,7 +104,7 @@ def _cut(positions: numpy.ndarray, shares: numpy.ndarray) -> list[numpy.ndarray]
 
 
 def _join(pieces: list[list[numpy.ndarray]], stream: numpy.random.Generator) -> list[numpy.ndarray]:
-    """Join each client's pieces in random order, so that the examples it gives away later are a random draw."""
+    """Join each client's pieces in random order, so that examples moved from it later are a random draw."""
     empty = numpy.empty(0, dtype=numpy.int64)
     return [stream.permutation(numpy.concatenate([empty, *some])) for some in pieces]
 

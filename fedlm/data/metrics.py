@@ -117,14 +117,16 @@ def _shared_words(prediction: str, answer: str) -> float:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer as SQuAD's script compares it: lower case, no punctuation, no articles, single spaces."""
+    """Return an answer as SQuAD compares it: lower case, no punctuation, no articles, single spaces."""
     text = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 METRICS: dict[str, dict[str, Metric]] = {
     "classification": {
-        "accuracy": Metric("Share of examples whose predicted class is correct.", _accuracy, "class", "class"),
+        "accuracy": Metric(
+            "Share of examples whose predicted class is correct.", _accuracy, "class", "class"
+        ),
         "macro_f1": Metric(
             "Unweighted mean of the F1 of each class that occurs in predictions or references.",
             _macro_f1,

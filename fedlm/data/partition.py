@@ -42,7 +42,9 @@ def skew(
         smallest_client, median_client, largest_client: numbers of examples.
         labels_per_client: mean number of different labels that a client holds.
     """
-    from scipy.special import rel_entr  # Imported here, since every job reads partitions but few measure them.
+    from scipy.special import (
+        rel_entr,
+    )  # Imported here, since every job reads partitions but few measure them.
 
     labels = numpy.asarray(labels)
     if num_labels is None:
@@ -76,7 +78,7 @@ class PartitionFile(Settings):
     partition: str = Field(description="label of the partition in the study")
     config: PartitionConfig
     seed: int
-    clients: int = Field(description="number of clients that came out")
+    clients: int = Field(description="resulting number of clients")
     examples: int
     moved: int = Field(description="examples moved to clients that had fewer than min_examples")
     skew: dict[str, float] = Field(description="by label; by population where the task has no labels")

@@ -1,7 +1,8 @@
 """The pool: which rows of a large corpus are tokenised, where a study asks for few of them.
 
 A seed draws its examples from the pool, so the pool must be the same for all seeds and much larger than what
-one of them draws. It is cut only where that saves time: where a split has a cap and more rows than `SMALLEST`.
+one of them draws. It is cut only where that saves time: where a split has a cap and more rows than
+`SMALLEST`.
 """
 
 import numpy
@@ -20,8 +21,9 @@ def cut(corpus: Corpus, task: Task) -> Corpus:
 
     Each split of the data is cut by itself, and only if it has a cap. The pool has `TIMES`
     times the rows that a cap allows; a validation or test split that is a share of the training rows and has
-    no cap is there once (`training_rows` keeps the number it is a share of). Rows left out are counted in `dropped`. Which rows stay
-    depends on the data alone: each label, and each group within it, keeps its share.
+    no cap is there once (`training_rows` keeps the number it is a share of). Rows left out are counted in
+    `dropped`. Which rows stay depends on the data alone: each label, and each group within it, keeps its
+    share.
     """
     rows, config = corpus.rows, task.config
     caps = {name: getattr(config, f"{name}_examples") for name in ("train", "validation", "test")}

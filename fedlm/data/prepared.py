@@ -198,9 +198,9 @@ class Prepared:
     def split(self, seed: int) -> Split:
         """Return the training, validation and test examples.
 
-        Official splits are kept. A missing split is drawn from the training examples using the seed, stratified
-        by label: a share of them, or the cap if that is less. Splits above their cap are cut in the same way.
-        All methods and partitions of a seed have the same splits.
+        Official splits are kept. A missing split is drawn from the training examples using the seed,
+        stratified by label: a share of them, or the cap if that is less. Splits above their cap are cut in
+        the same way. All methods and partitions of a seed have the same splits.
 
         Raises:
             UserError: there are too few examples for three parts.
@@ -275,8 +275,8 @@ class Prepared:
     def cap_length(self, tokens: int) -> "Prepared":
         """Return the same examples cut to at most so many tokens, for a method whose own tokens need room.
 
-        Special tokens at the end stay. A causal example is cut as when it was prepared. `sha256` stays that of the
-        uncut examples.
+        Special tokens at the end stay. A causal example is cut as when it was prepared. `sha256` stays that
+        of the uncut examples.
 
         Raises:
             UserError: windows for question answering, which would lose a part of the document.

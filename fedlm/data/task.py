@@ -107,9 +107,11 @@ class Task:
         """The settings of every task."""
 
         max_length: int = Field(128, ge=8, le=1_000_000, description="longest model input, in tokens")
-        train_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
-        validation_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
-        test_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
+        train_examples: int | None = Field(None, ge=1, description="at most so many, drawn using the seed")
+        validation_examples: int | None = Field(
+            None, ge=1, description="at most so many, drawn using the seed"
+        )
+        test_examples: int | None = Field(None, ge=1, description="at most so many, drawn using the seed")
         validation_share: float = Field(
             0.1, gt=0, lt=0.5, description="of the training rows, if none is official"
         )

@@ -204,7 +204,7 @@ def _cut(question: str, tokenizer: Any, tokens: int) -> str:
 
 
 def _span(characters: numpy.ndarray, start: int, end: int) -> tuple[int, int]:
-    """Return the first and last token that hold the characters start..end, or (0, 0) if not all are in the window."""
+    """Return the first and last token that hold the characters start..end, or (0, 0) if some are outside."""
     in_context = numpy.flatnonzero(characters[:, 0] >= 0)
     if not len(in_context) or characters[in_context[0], 0] > start or characters[in_context[-1], 1] < end:
         return 0, 0

@@ -1,4 +1,4 @@
-"""The conformance tests on one method's file, from anywhere, told in plain words.
+"""The conformance tests on one method's file, from anywhere, reported in plain words.
 
 The tests are those of `tests/test_methods.py`, which run on every method of the repository.
 """
@@ -47,7 +47,7 @@ class _Reporter:
         if report.failed:
             self.checks += 1
             self.failed += 1
-            self.log(f"FAIL  the tests can be read\n      {_why(report)}")
+            self.log(f"FAIL  the tests could not be loaded\n      {_why(report)}")
 
 
 def test_method(path: Path, settings: str = "{}", log: Callable[[str], None] = print) -> bool:
@@ -55,9 +55,9 @@ def test_method(path: Path, settings: str = "{}", log: Callable[[str], None] = p
 
     `settings` are the method's, as a JSON table; the rest have their defaults.
 
-    Raises UserError where the file holds no method or its settings are wrong.
+    Raises UserError if the file holds no method or the settings are wrong.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the models are made on the spot
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the models are created on the fly
     path = Path(path).absolute()
     method = method_in(path)
     _check_settings(method, settings)
@@ -74,7 +74,7 @@ def test_method(path: Path, settings: str = "{}", log: Callable[[str], None] = p
     ]
     status = pytest.main([*options, str(TESTS)], plugins=[reporter])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not reporter.checks:
-        raise RuntimeError(f"the tests did not run to their end: {status!r}")
+        raise RuntimeError(f"the tests did not finish: {status!r}")
     if reporter.failed:
         log(f"{method.name}: {reporter.failed} of {reporter.checks} checks failed")
     else:
@@ -109,11 +109,11 @@ def _sentence(nodeid: str) -> str:
 
 
 def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return the one line that says most about a failure."""
+    """Return the most informative line about a failure."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "no reason was given"
+        return lines[-1].strip() if lines else "no reason given"
     message = re.sub(r"^(AssertionError|fedlm\.base\.errors\.\w+): ", "", crash.message.splitlines()[0])
     return f"{message} ({_short(Path(crash.path))}, line {crash.lineno})"
 

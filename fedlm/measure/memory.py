@@ -56,8 +56,8 @@ class MemoryTracker(TorchDispatchMode):
 
     Parameters, buffers and gradients that exist already count from the start, other tensors from their
     allocation or, if they are older, from their first use. State and gradients of any torch.optim optimizer
-    are recognised when it steps; anything else that belongs to an optimizer is declared with `mark`. Works on the CPU, on
-    CUDA, and inside FakeTensorMode; it costs about as much time as the step itself.
+    are recognised when it steps; anything else that belongs to an optimizer is declared with `mark`. Works on
+    the CPU, on CUDA, and inside FakeTensorMode; it costs about as much time as the step itself.
     """
 
     def __init__(self, model: nn.Module):
@@ -93,7 +93,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._kinds[number] = kind
 
     def expect(self, tensors: Iterable[torch.Tensor], kind: MemoryKind) -> None:
-        """Declare what older tensors are; they count from their first use on, and not at all if never used."""
+        """Declare what older tensors are; they count from their first use, and not at all if never used."""
         for tensor in tensors:
             if tensor.layout is torch.strided:
                 self._held.append(tensor)
@@ -238,8 +238,8 @@ def measure_step(
 ) -> Memory:
     """Return the peak memory of a training step, which is run twice.
 
-    The first run creates the optimizer's state, the second finds it there; the peak is over both. `step` does a
-    forward pass, a backward pass and the optimizer's step, and clears the gradients as training does: it
+    The first run creates the optimizer's state, the second finds it there; the peak is over both. `step` does
+    a forward pass, a backward pass and the optimizer's step, and clears the gradients as training does: it
     changes the model, so the caller must restore a real model afterwards. The state of torch.optim's
     optimizers is recognised; `optimizer_state` gives the tensors of any other.
     """

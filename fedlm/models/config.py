@@ -35,7 +35,8 @@ class ModelConfig(Settings):
         default="float32", description="Number format of the weights in memory."
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute each layer's activations in the backward pass instead of storing them."
+        default=False,
+        description="Recompute each layer's activations in the backward pass instead of storing them.",
     )
     dropout: Literal["model"] | Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,

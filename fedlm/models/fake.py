@@ -1,8 +1,8 @@
 """Training steps of any size without weights or arithmetic.
 
 PyTorch's fake tensors have shapes, number formats and lifetimes, but no content. A step of the real code on a
-fake model creates the same tensors in the same order as on a real one, so its memory and its operations can be
-counted on a laptop, whatever the model's size.
+fake model creates the same tensors in the same order as on a real one, so its memory and its operations can
+be counted on a laptop, whatever the model's size.
 """
 
 import contextlib
@@ -31,9 +31,10 @@ def fake_model(
             tokens = torch.ones(16, 64, dtype=torch.long)      # fake, too
             measure_step(lambda: step(model, tokens), model)
 
-    `prepare` wraps or freezes the model beforehand (peft cannot wrap a fake model). What reads a tensor's content
-    (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask masks
-    anything and always applies it, as it does for a real batch with padding; without a mask both do without.
+    `prepare` wraps or freezes the model beforehand (peft cannot wrap a fake model). What reads a tensor's
+    content (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask
+    masks anything and always applies it, as it does for a real batch with padding; without a mask both do
+    without.
     """
     pretrained = build_on_meta(config, kind, num_labels)
     model: nn.Module = pretrained

@@ -131,8 +131,8 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
         _share_feed_forward(model)
     _require_fit(model, report, config, kind)
     if kind in ("classification", "regression"):
-        # Decoders predict the class from the last token that is not padding, so model and tokenizer must agree.
-        # It is set after building: at building it would exclude the token's embedding from training.
+        # Decoders predict the class from the last token that is not padding, so model and tokenizer must
+        # agree. Set after building, since otherwise the token's embedding would be excluded from training.
         model.config.pad_token_id = _pad_token_id(model.config, config)
     return _finish(model, config)
 
@@ -211,7 +211,7 @@ def _finish(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
         # The reentrant form needs a trained input of every layer, which a frozen embedding does not give.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if model.loss_type is None:
-        # Transformers chooses the loss by the name of the class, which fails for GPT2LMHeadModel.
+        # Transformers chooses the loss by the name of the class, which it cannot do for GPT2LMHeadModel.
         model.loss_type = "ForCausalLM"
     return model
 
