@@ -10,7 +10,7 @@ RUN := $(ENVIRONMENT)/bin/python
 
 .PHONY: demo demo-llm costs check test lint setup
 
-# The demos use nothing from a hub; without this a library might ask one all the same.
+# The demos use nothing from a hub; without this a library might contact one anyway.
 demo demo-llm: export HF_HUB_OFFLINE = 1
 demo demo-llm: setup
 	@$(RUN) -m snakemake --configfile config/$@.yaml --cores $(CORES)
@@ -21,7 +21,7 @@ demo demo-llm: setup
 	@echo "figures  figures/$@"
 	@echo "report   results/$@/report.html"
 
-# Made anew when a table or figure is newer.
+# Rebuilt when a table or figure is newer.
 results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUDY)/*)
 	@$(RUN) -m snakemake --configfile config/$(STUDY).yaml --report $@ 2> results/$(STUDY)/report.log \
 	    || { cat results/$(STUDY)/report.log; rm -f $@; exit 1; }
@@ -29,7 +29,7 @@ results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUD
 costs: setup
 	@$(RUN) -m fedlm costs
 
-# What a person runs before each commit: at most 90 seconds on two cores.
+# To run before each commit: at most 90 seconds on two cores.
 check: lint
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slow and not slurm"
 
@@ -43,8 +43,8 @@ lint: setup
 	@$(RUN) -m snakemake --lint
 	@$(RUN) -m mypy
 
-# The environment is made once and again when the lock has changed. pip reads its own configuration, if there is
-# one, to know where packages come from.
+# The environment is installed once, and again when the lock has changed. Where packages come from is up to pip's own
+# configuration.
 setup:
 	@cmp -s requirements.txt $(ENVIRONMENT)/requirements.txt || { \
 	    command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found; allowed: make PYTHON=<python 3.11 or newer>"; exit 1; }; \

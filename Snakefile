@@ -27,7 +27,7 @@ localrules:
     predict,
 
 
-# The records stand here too: with tables made of the rest, only this brings a failed run back.
+# The records are listed too: once tables exist without a failed run, only this makes Snakemake retry it.
 rule all:
     default_target: True
     input:
@@ -39,6 +39,6 @@ rule all:
         "Study {study.study} is complete"
 
 
-# With failed runs the tables and figures are made of the rest; they name what is missing.
+# If runs failed, tables and figures are made from the others; they name the missing ones.
 onerror:
-    draw_what_there_is()
+    draw_finished_runs()

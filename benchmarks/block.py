@@ -1,4 +1,4 @@
-"""Is a one-block step as much cheaper as its FLOPs say? MiniLM, AdamW, 16 x 64 tokens.
+"""Is a one-block step as much cheaper as its FLOPs suggest? MiniLM, AdamW, 16 x 64 tokens.
 
 Full steps and one-block steps alternate in one process; medians are compared.
 
@@ -45,7 +45,7 @@ def main() -> None:
         "last block": anatomy.blocks[-1].parameters + anatomy.head,
     }
     instruments, training = Instruments(), Training(device="cpu")
-    # Two warm-up steps in each turn, in which the optimizer's state is made; one is timed.
+    # Two warm-up steps in each turn, which create the optimizer's state; one is timed.
     times: dict[str, list[float]] = {label: [] for label in rows}
     flops: dict[str, int] = {}
     for _ in range(options.repeats):

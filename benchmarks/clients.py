@@ -1,4 +1,4 @@
-"""Does the federation grow with the number of clients? Peak memory and time per turn on a tiny model.
+"""Does the cost of a turn grow with the number of clients? Peak memory and time per turn on a tiny model.
 
 One process for each number of clients, all turns of one round with one step each.
 
@@ -33,7 +33,7 @@ def one(clients: int) -> dict[str, float]:
         # Every client holds the same eight examples: the data do not grow with the clients.
         run.parts = [run.split.train[:8]] * clients
         run.method.clients = clients
-        run._turn(0, 1)  # the probe and the first counted step are made once
+        run._turn(0, 1)  # the probe and the first counted step happen once
         started = time.perf_counter()
         run.run()
         return {
@@ -61,7 +61,7 @@ def main() -> None:
             repeats.append(json.loads(printed.splitlines()[-1]))
         found[clients] = {key: float(numpy.median([r[key] for r in repeats])) for key in repeats[0]}
         memory, turn = found[clients]["memory"] / 2**20, found[clients]["turn"] * 1000
-        print(f"{clients:>6} clients: {memory:7.0f} MiB peak, {turn:6.2f} ms a turn", flush=True)
+        print(f"{clients:>6} clients: {memory:7.0f} MiB peak, {turn:6.2f} ms per turn", flush=True)
     first, last = found[min(found)], found[max(found)]
     print(f"ratio memory {last['memory'] / first['memory']:.3f}, time {last['turn'] / first['turn']:.3f}")
 

@@ -1,4 +1,4 @@
-"""Compile 10,000 generated run records to runs.parquet and rounds.parquet, and make the tables of them.
+"""Compile 10,000 generated run records to runs.parquet and rounds.parquet, and make tables from them.
 
 Prints seconds and peak memory; the limits are 60 s and 1 GiB. The records are synthetic (tests/synthetic.py).
 
@@ -37,7 +37,7 @@ print(json.dumps([collected - start, done - collected, peak]))
 
 
 def main() -> None:
-    """Write the records, compile them in a process of its own and print what it took."""
+    """Write the records, compile them in a separate process and print time and memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
 """What the federation costs on top of training: a FedAvg run against a bare PyTorch loop over the same steps.
 
 Both train MiniLM on the same batches in the same process, turn by turn alternately, so that a noisy machine
-is noisy for both. Payload encoding, ledger and a checkpoint a round are part of the federated time; the probe
+affects both. Payload encoding, ledger and a checkpoint per round are part of the federated time; the probe
 step, which a run makes once, and scoring, which the bare loop does not do, are not. What a turn and a
-checkpoint cost beside the steps does not depend on the turn's length, here 40 steps; `--examples 320` makes
+checkpoint cost besides the steps does not depend on the turn's length, here 40 steps; `--examples 320` makes
 turns of 10. The allocator is set as the pipeline sets it for its jobs.
 
     python benchmarks/overhead.py [--rounds 2] [--clients 2] [--examples 1280]
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 class Bare:
-    """The same steps with nothing around them."""
+    """The same steps without a federation."""
 
     def __init__(self, model, data, parts, training) -> None:
         self.model, self.data, self.parts, self.training = model, data, parts, training
@@ -114,6 +114,6 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": s
 
 if __name__ == "__main__":
     if not os.environ.keys() >= ALLOCATOR.keys():
-        # It is read when a process starts.
+        # The allocator reads it when the process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     main()

@@ -2,7 +2,7 @@
 
     python benchmarks/planning.py [--runs-per-job 50]
 
-With one job a run the plan also holds a job for each run.
+With one job per run the plan also has a job for each run.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     (jobs,) = set(re.findall(r"^total\s+(\d+)$", done.stdout + done.stderr, re.MULTILINE))
-    print(f"{runs} runs, {arguments.runs_per_job} to a job: {jobs} jobs planned")
+    print(f"{runs} runs, {arguments.runs_per_job} per job: {jobs} jobs planned")
     print(f"planning: {seconds:.1f} s (goal: at most 60 s)")
 
 

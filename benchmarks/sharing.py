@@ -1,8 +1,8 @@
-"""Tiny runs an hour when runs share a process, against one process a run; goal: at least 3 x more.
+"""Tiny runs per hour when runs share a process, against one process per run; goal: at least 3 x more.
 
     python benchmarks/sharing.py [--seeds 6] [--runs-per-job 12] [--cores 2]
 
-Both times the whole pipeline runs through Snakemake, from the data to the tables.
+In both cases the whole pipeline runs through Snakemake, from the data to the tables.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PARTITIONS = {"iid": None, "sizes": {"scheme": "quantity", "alpha": 1.0}}
 
 
 def measure(folder: Path, seeds: int, runs_per_job: int, cores: int) -> float:
-    """Run the study and return its finished runs an hour."""
+    """Run the study and return its finished runs per hour."""
     study = tiny_study.write(
         folder,
         seeds=list(range(seeds)),
@@ -42,13 +42,13 @@ def measure(folder: Path, seeds: int, runs_per_job: int, cores: int) -> float:
         sys.exit(done.stdout + done.stderr)
     runs = len(list((folder / "results").rglob("runs/*/*/*/seed*.json")))
     print(
-        f"{runs} runs, {runs_per_job} to a process: {seconds:.0f} s, {3600 * runs / seconds:.0f} runs an hour"
+        f"{runs} runs, {runs_per_job} per process: {seconds:.0f} s, {3600 * runs / seconds:.0f} runs per hour"
     )
     return 3600 * runs / seconds
 
 
 def main() -> None:
-    """Measure both and print how many times more runs an hour sharing gives."""
+    """Measure both and print how many times more runs per hour sharing gives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--runs-per-job", type=int, default=12)
@@ -58,7 +58,7 @@ def main() -> None:
     for runs_per_job in (1, arguments.runs_per_job):
         with tempfile.TemporaryDirectory() as folder:
             rates.append(measure(Path(folder), arguments.seeds, runs_per_job, arguments.cores))
-    print(f"sharing a process: {rates[1] / rates[0]:.1f} x more runs an hour (goal: at least 3)")
+    print(f"sharing a process: {rates[1] / rates[0]:.1f} x more runs per hour (goal: at least 3)")
 
 
 if __name__ == "__main__":

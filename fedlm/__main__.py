@@ -44,7 +44,7 @@ def _folders(study: "Study", results: Path) -> "Folders":
 
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
-    """Validate a study before any job: keys, values, labels, files, models."""
+    """Validate a study before any job starts: keys, values, labels, files, models."""
     from fedlm.study.check import check as check_study
 
     study = _study(config)
@@ -55,7 +55,7 @@ def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> No
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a study file, as config/schema.json holds it."""
+    """Print the JSON schema of a study file, the content of config/schema.json."""
     from fedlm.study.schema import schema as study_schema
 
     print(study_schema(), end="")
@@ -94,10 +94,10 @@ def run(
     partition: PartitionLabel,
     method: MethodLabel,
     seed: Seed,
-    output: Annotated[Path, typer.Option(help="Where the record is written.")],
+    output: Annotated[Path, typer.Option(help="File for the record.")],
     results: Results = Path("results"),
 ) -> None:
-    """Make one run and write its record; an interrupted run continues from its last whole round."""
+    """Execute one run and write its record; an interrupted run continues from its last completed round."""
     from fedlm.jobs import running
     from fedlm.study.study import Run
 
@@ -113,7 +113,7 @@ def run_many(
     runs: Annotated[list[str], typer.Argument(help="Runs as task/partition/method/seed<k>.")],
     results: Results = Path("results"),
 ) -> None:
-    """Make several runs in one process, each record written as soon as it is finished.
+    """Execute several runs in one process; each record is written as soon as its run is finished.
 
     A run that fails does not stop the others; the exit status is then 1.
     """
@@ -131,16 +131,16 @@ def run_many(
 def rerun(
     record: Annotated[Path, typer.Argument(help="The record of a finished run.")],
     results: Annotated[
-        Path | None, typer.Option(help="New folder for what it makes; else none is kept.")
+        Path | None, typer.Option(help="New folder for its files; by default none are kept.")
     ] = None,
     plugins: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of the run's plug-ins; repeatable. [where the record says]"),
+        typer.Option(help="Folder of the run's plug-ins; repeatable. [the folders in the record]"),
     ] = None,
 ) -> None:
-    """Make a recorded run again from its record alone, and say whether the same comes out.
+    """Repeat a run from its record alone, and report whether the results are the same.
 
-    The code of plug-ins that the record names runs, as that of a study's does.
+    The code of plug-ins that the record names is executed, like that of a study's plug-ins.
     The exit status is 0 if the final payload, scores, bytes, FLOPs and memory are the same, 1 if not.
     """
     from fedlm.jobs.rerun import rerun as make_again
@@ -156,7 +156,7 @@ def clean(
 ) -> None:
     """Remove the records, checkpoints, partitions and prepared tasks that the study no longer uses.
 
-    What the study uses stays, and so does what a run in progress uses.
+    What the study or a run in progress uses is kept.
     """
     from fedlm.jobs.cleaning import clean as clean_up
 
@@ -170,7 +170,7 @@ def clean(
 
 @app.command()
 def collect(config: Config, results: Results = Path("results")) -> None:
-    """Compile the records that there are into runs.parquet and rounds.parquet; name what is missing."""
+    """Compile the existing records into runs.parquet and rounds.parquet; list the missing ones."""
     from fedlm.jobs import running
     from fedlm.results import records as compiled
 
@@ -189,7 +189,7 @@ def collect(config: Config, results: Results = Path("results")) -> None:
 def tables(
     config: Config,
     results: Results = Path("results"),
-    show: Annotated[bool, typer.Option(help="Print the main table and do not write any.")] = False,
+    show: Annotated[bool, typer.Option(help="Print the main table instead of writing files.")] = False,
 ) -> None:
     """Write the tables of a study from its compiled records."""
     from fedlm.results import tables as table_module
@@ -242,7 +242,7 @@ def costs(
     method: Annotated[
         list[str] | None, typer.Option(help="Name of a method; repeatable. [the four core methods]")
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Kind of task. [what the model is made for]")] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of task. [classification; decoders: causal]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="[encoders: 64, decoders: 1]")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens. [encoders: 128, decoders: 512]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a turn.")] = 10,
@@ -251,33 +251,33 @@ def costs(
     weights: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     payload: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute layers in backward.")] = False,
-    clients: Annotated[int, typer.Option(min=1, help="32 let every block occur.")] = 32,
+    clients: Annotated[int, typer.Option(min=1, help="With 32, every block is trained.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     positions: Annotated[
-        int, typer.Option(min=0, help="Blocks at which a step is measured, of many alike; 0: all.")
+        int, typer.Option(min=0, help="How many of many equal blocks are measured; 0: all.")
     ] = 3,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the tables. [results/costs for the whole table]")
+        Path | None, typer.Option(help="Folder for the tables. [results/costs for the full table]")
     ] = None,
     drawings: Annotated[
         Path | None, typer.Option("--figures", help="Folder for figures. [figures/costs]")
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="With --config: only write what jobs need to this file.")
+        Path | None, typer.Option(help="With --config: only write the needs of its jobs to this file.")
     ] = None,
 ) -> None:
-    """Foretell bytes, memory and FLOPs of methods on models, without weights, data, GPU or network.
+    """Predict bytes, memory and FLOPs of methods on models, without weights, data, GPU or network.
 
     Without --config, --model and --method: the table of the four core methods on all labelled models, also
-    written to results/costs and figures/costs. With them, it is written where --output and --figures say.
+    written to results/costs and figures/costs. With them, it is written only to --output and --figures.
     """
     from fedlm.costs import cases, figures, tables
     from fedlm.study.check import check as check_study
 
     if predictions is not None and config is None:
-        raise UserError("--predictions: needs --config, the study whose jobs ask")
+        raise UserError("--predictions: needs --config, the study whose jobs are predicted")
     if config is not None and (model or method):
-        raise UserError("--config: allowed without --model and --method, which the study names")
+        raise UserError("--config: not allowed with --model or --method, which the study names")
     if config is not None:
         study = _study(config)
         check_study(study)
@@ -298,7 +298,7 @@ def costs(
             clients=clients,
             rounds=rounds,
         )
-    found = cases.cost_all(asked, positions or None, say=lambda line: print(line, file=sys.stderr))
+    found = cases.cost_all(asked, positions or None, log=lambda line: print(line, file=sys.stderr))
     failures = cases.failures(asked, found)
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
@@ -325,9 +325,9 @@ def test_method(
         str, typer.Option(help="Settings of the method as JSON, such as '{\"rank\": 4}'. [its defaults]")
     ] = "{}",
 ) -> None:
-    """Check a method on tiny models: what each method of this repository must do. Runs the file's code.
+    """Run the conformance tests of this repository on a method, with tiny models. Runs the file's code.
 
-    Prints a line for each check. The exit status is 0 if all pass, 1 if one fails.
+    Prints one line per check. The exit status is 0 if all pass, 1 if one fails.
     """
     from fedlm.jobs import conformance
 
@@ -341,7 +341,7 @@ PluginFolders = Annotated[
 
 @app.command()
 def methods(plugins: PluginFolders = None) -> None:
-    """List the methods, with reference and one line each."""
+    """List the methods, each with its reference and one line about it."""
     from fedlm.study.plugins import find
 
     found = find([Path(folder) for folder in plugins or ()]).methods
@@ -350,7 +350,7 @@ def methods(plugins: PluginFolders = None) -> None:
 
 @app.command()
 def tasks(plugins: PluginFolders = None) -> None:
-    """List the tasks, with where their data come from."""
+    """List the tasks, with the source of their data."""
     from fedlm.study.plugins import find
 
     found = find([Path(folder) for folder in plugins or ()]).tasks
@@ -359,7 +359,7 @@ def tasks(plugins: PluginFolders = None) -> None:
 
 @app.command()
 def models() -> None:
-    """List the models that have a label; any other is named by a folder or a hub id."""
+    """List the models that have a label; name any other by its folder or hub id."""
     from fedlm.models.catalogue import CATALOGUE
 
     _list((name, found.title, found.hub, found.reference) for name, found in CATALOGUE.items())
@@ -378,7 +378,7 @@ def _list(entries: Iterable[tuple]) -> None:
 
 
 def _guarded(action: Callable[[], object]) -> int:
-    """Run an action; print what the reader must know of its failure; return the exit status."""
+    """Run an action; print what the user must know about a failure; return the exit status."""
     try:
         action()
     except UserError as error:
@@ -390,10 +390,10 @@ def _guarded(action: Callable[[], object]) -> int:
     except Exception as error:
         from fedlm.jobs.failures import describe
 
-        told = describe(error)
-        if told is None:
+        message = describe(error)
+        if message is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
 
@@ -405,7 +405,9 @@ def main() -> int:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0
     if status == 130:  # typer's answer to Ctrl-C
-        print("interrupted; a run continues from its last whole round when started again", file=sys.stderr)
+        print(
+            "interrupted; a run continues from its last completed round when started again", file=sys.stderr
+        )
     return status
 
 

@@ -1,4 +1,4 @@
-"""Centralised training: one client holds all examples; the upper bound that a federation is measured by."""
+"""Centralised training: one client holds all examples; the upper bound for a federation."""
 
 import numpy
 

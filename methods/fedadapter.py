@@ -1,7 +1,8 @@
 """Federated bottleneck adapters: only small modules inside the layers and the head are trained and averaged.
 
-Sources: Houlsby et al. 2019, arXiv:1902.00751, section 2; the second place alone, at half the size, follows
-Pfeiffer et al. 2021, arXiv:2005.00247. peft (0.21) has no such adapter: its tuners change weights or inputs.
+Sources: Houlsby et al. 2019, arXiv:1902.00751, section 2; adapters after the feed-forward only, at
+half the size, follow Pfeiffer et al. 2021, arXiv:2005.00247. peft (0.21) has no such adapter: its tuners
+change weights or inputs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 class FedAdapter(Method):
     """x becomes x + up(GELU(down(x))), with down (width, hidden) and up (hidden, width), both with a bias.
 
-    It stands where a sub-layer (attention, feed-forward) has projected back to the model's width, before the
-    residual connection and any norm. `up` starts at zero, so training starts from the pretrained model.
+    It is placed where a sub-layer (attention, feed-forward) has projected back to the model's width, before
+    the residual connection and any norm. `up` starts at zero, so training starts from the pretrained model.
     Layers that share a projection share its adapter. Unlike in the paper the layers' norms stay frozen.
     """
 
@@ -47,7 +48,7 @@ class FedAdapter(Method):
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         model.requires_grad_(False)
         found = [end for path in self.anatomy.layers for end in self._projections(path, model)]
-        for projection in dict.fromkeys(found):  # shared ones are found again in each layer
+        for projection in dict.fromkeys(found):  # shared projections occur in each layer
             self._insert(projection, model.config.hidden_size)
         head = set(self.anatomy.head)
         for name, parameter in model.named_parameters():
@@ -55,7 +56,7 @@ class FedAdapter(Method):
         return model
 
     def _projections(self, path: str, model: PreTrainedModel) -> list[Projection]:
-        """Return the linear modules of a layer that end its sub-layers: the attention comes first in all."""
+        """Return the linear modules that end a layer's sub-layers; the attention always comes first."""
         layer = model.get_submodule(path)
         attention = next(filter(None, map(_linear_modules, layer.children())), [])
         ends = [attention[-1:], _linear_modules(layer)[-1:]]
@@ -91,5 +92,5 @@ def _linear_modules(module: Module) -> list[Projection]:
 
 
 def _output(module: Projection) -> int:
-    """Return which dimension of the weight is the output's; Conv1D stores it transposed."""
+    """Return the output dimension of the weight; Conv1D stores it transposed."""
     return 0 if hasattr(module, "out_features") else 1

@@ -1,4 +1,4 @@
-"""FedAvg with full tuning: every client trains all parameters, the server averages them."""
+"""FedAvg with full tuning: every client trains all parameters; the server averages them."""
 
 from fedlm.federation.method import Method
 

@@ -1,6 +1,6 @@
-"""FedCyBGD: clients one after another, each trains one block of the model, the server overwrites it.
+"""FedCyBGD: clients take turns; each trains one block of the model, which the server overwrites.
 
-Its relatives are settings of the same code: several clients a block, averaged (FedBAvg); the whole model as
+Its relatives are settings of the same code: several clients per block, averaged (FedBAvg); the whole model as
 one block (Fed-full); one client with all data that moves to another block every K steps (BAdam,
 arXiv:2404.02827).
 """
@@ -88,7 +88,7 @@ class FedCyBGD(Method):
         place = client // self.config.clients_per_block
         places = -(-self.clients // self.config.clients_per_block)
         if self.config.order == "random":
-            # A pass is one permutation of the blocks, dealt out over the rounds.
+            # A pass is one permutation of the blocks, spread over the rounds.
             rounds_of_pass = count // width
             stream = numpy_stream(self.seed, "block order", place, turn // rounds_of_pass)
             first = turn % rounds_of_pass * width

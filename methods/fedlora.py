@@ -27,19 +27,19 @@ class FedLoRA(Method):
     The plain form averages A and B separately; the mean of A and the mean of B do not multiply to the mean
     of B A. The variants treat this differently:
 
-    - `ffa`: A stays as it was initialised, so the mean of B is exact.
+    - `ffa`: A keeps its initial value, so the mean of B is exact.
     - `fedsa`: only A is shared; each client keeps its B, and the clients' own models are scored.
     - `rolora`: B is trained in odd rounds and A in even ones (B first: while it is zero, A has no gradient).
     - `flexlora`: the server averages the products and decomposes the mean into the best A and B of that rank.
-    - `fedex`: A and B are averaged, and what is missing to the mean product is added to the frozen weights,
-      which therefore travel to the clients from the second round on.
+    - `fedex`: A and B are averaged, and the difference to the mean product is added to the frozen weights,
+      which are therefore sent to the clients from the second round on.
     """
 
     title = "FedLoRA"
     reference = "arXiv:2305.05644"
 
     class Config(MethodConfig):
-        """Shape of the adapters, and how they are shared."""
+        """Shape of the adapters, and how they are averaged."""
 
         rank: int = Field(8, ge=1, le=4096)
         alpha: float = Field(16, gt=0, le=1e6, description="the update is scaled by alpha / rank")
@@ -64,7 +64,7 @@ class FedLoRA(Method):
         targets = self.config.targets or TARGETS.get(family) or KNOWN.get(family)
         if not targets:
             raise UserError(
-                f"targets: missing; name the matrices to adapt, since peft knows none for {family}"
+                f"targets: missing; name the matrices to adapt, since peft has no default for {family}"
             )
         names = [name for name, _ in model.named_modules()]
         absent = [
@@ -72,7 +72,7 @@ class FedLoRA(Method):
         ]
         if absent:
             raise UserError(
-                f"targets: {absent[0]!r} is no module of the model; allowed: ends of module names"
+                f"targets: {absent[0]!r} is not a module of the model; allowed: ends of module names"
             )
         head = {f"base_model.model.{name}" for name in self.anatomy.head}
         lora = LoraConfig(
@@ -146,7 +146,7 @@ class FedLoRA(Method):
     def _with_products(
         self, uploads: Iterable[Upload], products: dict[str, tuple[Tensor, float]]
     ) -> Iterator[Upload]:
-        """Pass the uploads on and fold each module's product B A into a running weighted mean."""
+        """Yield the uploads and add each module's product B A to a running weighted mean."""
         for upload in uploads:
             for module in self.adapted:
                 a, b = (upload.tensors[name] for name in self._names(module))

@@ -29,7 +29,7 @@ class FedPrompt(Method):
 
     `prompt`: embeddings before the input. `prefix`: keys and values in every layer, trained directly, which
     is P-tuning v2. `prefix_projected`: the same through an MLP, as prefix tuning was published. `p_tuning`:
-    embeddings made by an MLP.
+    embeddings computed by an MLP.
     """
 
     title = "FedPrompt"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class HeadOnly(Method):
-    """FedAvg over the head; the lower bound of what tuning the transformer adds."""
+    """FedAvg over the head; the baseline that shows what tuning the transformer adds."""
 
     title = "Head only"
     reference = "control"

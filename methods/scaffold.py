@@ -22,8 +22,8 @@ class Scaffold(Method):
 
     The server sends its control c with the parameters x. Client i adds c - c_i to every gradient, trains to
     y_i, and sets c_i to c_i - c + (x - y_i) / r, with r the sum of the learning rates of its steps. It sends
-    y_i and the change of c_i; both are averaged, and c takes the share of clients that answered of that mean.
-    The rule for c_i is exact for plain SGD; with momentum or AdamW it is a heuristic.
+    y_i and the change of c_i; both are averaged, and c changes by that mean times the share of clients that
+    answered. The rule for c_i is exact for plain SGD; with momentum or AdamW it is a heuristic.
     """
 
     title = "SCAFFOLD"
@@ -33,7 +33,7 @@ class Scaffold(Method):
     class Config(MethodConfig):
         """Whether gradients are corrected, and how clients are weighted."""
 
-        corrected: bool = Field(True, description="false sends no controls: a FedAvg")
+        corrected: bool = Field(True, description="false: no controls are sent, which is FedAvg")
         weights: Literal["uniform", "examples"] = Field(
             "uniform", description="weights of the mean of the parameters; that of the controls is uniform"
         )

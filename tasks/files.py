@@ -1,4 +1,4 @@
-"""The reader's own data from csv, parquet or jsonl files."""
+"""Your own data from csv, parquet or jsonl files."""
 
 import json
 import warnings
@@ -16,7 +16,7 @@ from fedlm.data.task import METRICS, Corpus, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
 CHUNK = 100_000  # rows of a csv file in memory at once, with all of their columns
-SMALL_FILE = 32 << 20  # bytes; larger ones are not read before they are prepared
+SMALL_FILE = 32 << 20  # bytes; larger files are not read before they are prepared
 TEXTS = {
     "classification": (1, 2),
     "regression": (1, 2),
@@ -26,17 +26,17 @@ TEXTS = {
 
 
 class Files(Task):
-    """A table in UTF-8 with one example a row; the ending of its name (.csv, .parquet, .jsonl) is its format.
+    """A table in UTF-8, one example per row; the ending of its name (.csv, .parquet, .jsonl) is its format.
 
-    Splits that have no file are drawn by the seed from the training file. Rows of the training file without
-    any text, or whose text occurs twice, are left out and counted. A text of any length is read, and cut to
-    64 characters per token of `max_length` before it is tokenised. Labels of the other files must occur in
-    the training file.
+    Splits that have no file are drawn from the training file using the seed. Rows of the training file
+    without any text, or whose text occurs twice, are left out and counted. A text of any length is read, and
+    cut to 64 characters per token of `max_length` before it is tokenised. Labels of the other files must
+    occur in the training file.
     """
 
     name = "files"
     title = "Own files"
-    reference = "the reader's own files"
+    reference = "your own files"
 
     class Config(Task.Config, Windows):
         train: str = Field(min_length=1, description="path of a .csv, .parquet or .jsonl file")
@@ -55,7 +55,7 @@ class Files(Task):
         )
         group: str | None = Field(None, min_length=1, description="column of the natural client population")
         kind: Kind = Field("classification", description="what the model does with a row")
-        metric: str | None = Field(None, description="the main metric, of those that the kind has")
+        metric: str | None = Field(None, description="the main metric, one of those of the kind")
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
@@ -119,7 +119,7 @@ class Files(Task):
         return Corpus(rows, label_names, group_names)
 
     def _part(self, split: str, path: Path) -> pandas.DataFrame:
-        """Return one file's rows as a Corpus has them, but with the words for label and group."""
+        """Return one file's rows as in a Corpus, but with the names of label and group."""
         table, config = _read(path, split, self._columns()), self.config
         place = f"{split}: {path}"
         texts = [_texts(table[column], place, column) for column in config.text]
@@ -172,7 +172,7 @@ def _read(path: Path, split: str, columns: list[str] | None = None) -> pandas.Da
     if path.suffix not in readers:
         raise UserError(f"{split}: {path}; allowed: a file that ends in .csv, .parquet or .jsonl")
     if not path.is_file():
-        raise UserError(f"{split}: {path}: there is no such file")
+        raise UserError(f"{split}: {path}: no such file")
     try:
         table = readers[path.suffix](path, columns)
     except UnicodeDecodeError as error:
@@ -187,7 +187,7 @@ def _read(path: Path, split: str, columns: list[str] | None = None) -> pandas.Da
 
 def _read_csv(path: Path, columns: list[str] | None) -> pandas.DataFrame:
     with warnings.catch_warnings():
-        # Else rows with one value too many lose it, or shift.
+        # Otherwise rows with one value too many lose it, or shift.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
         with pandas.read_csv(
             path,
@@ -233,7 +233,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _filled(column: pandas.Series, place: str, name: str) -> pandas.Series:
-    """Return a column none of whose values is missing."""
+    """Return a column after checking that no value is missing."""
     missing = column.isna() | (column == "") if column.dtype == "str" else column.map(_is_missing)
     if missing.any():
         raise UserError(
@@ -248,7 +248,7 @@ def _words(column: pandas.Series) -> pandas.Series:
 
 
 def _texts(column: pandas.Series, place: str, name: str) -> pandas.Series | list[str]:
-    """Return a column as texts; numbers are written out, what is missing is the empty text."""
+    """Return a column as texts; numbers become text, missing values the empty text."""
     if column.dtype == "str":
         return column.fillna("")
     texts = []
@@ -294,7 +294,7 @@ def _answers(column: pandas.Series, contexts: pandas.Series, place: str) -> tupl
 
 
 def _right(answers: Any, starts: Any, context: str) -> bool:
-    """Return whether these are lists of texts and of where each of them starts in the document."""
+    """Return whether these are lists of texts and of their positions in the document."""
     try:
         pairs = list(zip(answers, map(int, starts), strict=True))
         return all(start >= 0 and context.startswith(answer, start) for answer, start in pairs)

@@ -1,4 +1,4 @@
-"""GLUE: nine tasks of understanding sentences."""
+"""GLUE: nine sentence understanding tasks."""
 
 from typing import Literal, NamedTuple
 
@@ -33,8 +33,8 @@ class Glue(HubTask):
     """One of GLUE's tasks, with its own metrics.
 
     The labels of the official test split are hidden, so the official validation split is the test split
-    here, and a validation split is drawn from the official training split by the seed. MNLI has two official
-    validation splits, of the same genres as training (matched) and of other ones (mismatched).
+    here, and a validation split is drawn from the official training split using the seed. MNLI has two
+    official validation splits, of the same genres as training (matched) and of other ones (mismatched).
     """
 
     name = "glue"
@@ -43,7 +43,7 @@ class Glue(HubTask):
 
     class Config(HubTask.Config):
         name: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] = Field(
-            description="which of the nine"
+            description="which of the nine tasks"
         )
         source: str = Field(
             "nyu-mll/glue", min_length=1, description="hub id, or a local folder in its layout"

@@ -1,4 +1,4 @@
-"""Instructions and what a model shall answer to them: causal language modelling, the prompt not counted."""
+"""Instructions and their answers: causal language modelling, without a loss on the prompt."""
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ CONTEXT = ", paired with an input that provides further context"
 
 
 class AlpacaGpt4(HubTask):
-    """52,002 instructions answered by GPT-4; validation and test examples are drawn by the seed."""
+    """52,002 instructions answered by GPT-4; validation and test examples are drawn using the seed."""
 
     name = "alpaca_gpt4"
     title = "Alpaca-GPT4"
@@ -25,8 +25,10 @@ class AlpacaGpt4(HubTask):
 
     class Config(HubTask.Config):
         max_length: int = Field(512, ge=8, le=1_000_000, description="longest prompt and answer, in tokens")
-        validation_examples: int | None = Field(500, ge=1, description="at most so many, drawn by the seed")
-        test_examples: int | None = Field(500, ge=1, description="at most so many, drawn by the seed")
+        validation_examples: int | None = Field(
+            500, ge=1, description="at most so many, drawn using the seed"
+        )
+        test_examples: int | None = Field(500, ge=1, description="at most so many, drawn using the seed")
         source: str = Field("vicgalle/alpaca-gpt4", min_length=1, description="hub id, or a local folder")
 
     def rows(self) -> Corpus:

@@ -1,4 +1,4 @@
-"""Sentiment of sentences from four sources, whose scores people gave: films, products, newspapers, tweets."""
+"""Sentiment of sentences from four sources, rated by people: films, products, newspapers, tweets."""
 
 import pandas
 from pydantic import Field
@@ -46,7 +46,7 @@ class ReviewSources(Task):
 
 
 class MovieReviews(ReviewSources):
-    """The film sentences (snippets of rottentomatoes.com reviews) alone."""
+    """The film sentences (snippets of rottentomatoes.com reviews) only."""
 
     name = "movie_reviews"
     title = "Movie reviews"

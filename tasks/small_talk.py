@@ -7,13 +7,13 @@ from pydantic import Field
 from fedlm.base.downloads import read_wheel
 from fedlm.data.task import Corpus, Task
 
-# A longer entry is a dialogue of questions and answers in these topics; in the others it is one question
+# In these topics a longer entry is a dialogue of questions and answers; in the others it is one question
 # with several answers.
 DIALOGUES = {"conversations", "health", "trivia"}
 
 
 class SmallTalk(Task):
-    """One answer, the first, to each question, so that no question of the test split is trained upon.
+    """One answer, the first, to each question, so that no question of the test split is trained on.
 
     The topic is the natural client population. The prompt is not counted in the loss.
     """

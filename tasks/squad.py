@@ -12,9 +12,9 @@ class Squad(HubTask):
     """87,599 training and 10,570 test questions on Wikipedia articles, which are natural client populations.
 
     The labels of the official test split are hidden, so the official validation split is the test split here,
-    and a validation split is drawn from the official training split by the seed. `source: rajpurkar/squad_v2,
-    subset: squad_v2` has questions without an answer; there the model says so when position 0 scores above
-    every span.
+    and a validation split is drawn from the official training split using the seed. `source:
+    rajpurkar/squad_v2, subset: squad_v2` has questions without an answer; there the model predicts none when
+    position 0 scores above every span.
     """
 
     name = "squad"

@@ -1,4 +1,4 @@
-"""Texts to be put into one of many classes: news, newsgroups, questions to a bank."""
+"""Classification of texts: news, newsgroups, questions to a bank."""
 
 from pydantic import Field
 

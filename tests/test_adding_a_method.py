@@ -13,6 +13,7 @@ from fedlm.study.plugins import discover_methods, find
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path, place):
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     (tmp_path / "fedbitfit.py").write_text(code)

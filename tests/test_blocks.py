@@ -174,6 +174,7 @@ def run(model, kind):
     return output, counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_skipped_layers_compute_nothing_and_the_others_do_not_notice(folders, family, checkpointing):

@@ -33,7 +33,7 @@ def checkpoints(tmp_path, lines):
 def written(checkpoints, *rounds):
     for round in rounds:
         checkpoints.save(round, {**TENSORS, "server/round": torch.tensor(round)}, PLAIN)
-    return {int(path.name[6:12]): path for path in checkpoints.folder.iterdir()}
+    return {int(path.name[6:12]): path for path in checkpoints.folder.glob("round-*")}
 
 
 def test_what_was_saved_comes_back(checkpoints, lines):
@@ -191,6 +191,7 @@ def test_too_little_memory_to_read_one_is_no_reason_to_begin_anew(checkpoints, m
         checkpoints.latest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [1, 2])
 def test_a_run_falls_back_one_round_or_begins_anew_and_ends_the_same(damaged, place, tmp_path):
     whole = worlds.federation("fedavg", place, rounds=3)
@@ -209,6 +210,7 @@ def test_a_run_falls_back_one_round_or_begins_anew_and_ends_the_same(damaged, pl
     assert ("resumed after round 1/3" in lines) == (damaged == 1)
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_when_it_is_time(place, tmp_path):
     for seconds, expected in ((0.0, [2, 3]), (1e6, [])):
         checkpoints = Checkpoints(tmp_path / str(seconds), "mine", print, seconds)
@@ -216,6 +218,7 @@ def test_a_run_is_saved_when_it_is_time(place, tmp_path):
         assert sorted(written(checkpoints)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_round_end_and_saves_it(number, place, tmp_path):
     folder = tmp_path / "run"

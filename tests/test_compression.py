@@ -76,6 +76,7 @@ def quick(monkeypatch):
 # --- what each operator promises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("operator", ["magnitude", "wanda", "dsnot"])
 def test_pruned_matrices_keep_equally_many_weights_in_each_output_row(operator, family, place):
@@ -149,7 +150,7 @@ def test_stale_blocks_stay_as_they_were_pretrained(place):
 
 @given(st.integers(1, 30), st.floats(0, 1), st.integers(0, 99))
 @settings(deadline=None)
-def test_the_share_of_stale_blocks_is_rounded_and_drawn_anew(count, share, client):
+def test_the_share_of_stale_blocks_is_rounded_and_redrawn_each_turn(count, share, client):
     operator = compression.Stale(operator="stale", share=share)
     updated = [blocks.Block(f"layer_{i}", f"layers.{i}", (f"layers.{i}.weight",)) for i in range(count)]
     left = operator.left_out(updated, 1, 1, client)
@@ -184,6 +185,7 @@ def test_draws_differ_between_turns(place):
 # --- in a federation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_trained_always_arrives_exactly(operator, cache, place, quick):
@@ -215,6 +217,7 @@ def books(run) -> tuple:
     return rounds, run.test, run.flops, run.instruments.memory, payload.encode(run.server.tensors).sha256()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "cache"), [*((operator, "last_visit") for operator in OPERATORS), ("wanda", "none")]
 )
@@ -241,6 +244,7 @@ def test_a_resumed_run_gives_the_same_bytes(operator, cache, place, tmp_path, re
     assert books(resumed) == books(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("operator", [None, *OPERATORS])
 def test_bytes_are_predicted_without_values_for_a_whole_run(operator, cache, place, quick):
@@ -470,6 +474,7 @@ def minilm():
     return model, {name: [r[m] for r, m in zip(two, masks, strict=True)] for name, two in rows.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
 def test_reconstruction_error_falls_from_magnitude_to_wanda_to_dsnot_on_minilm(minilm, sparsity):
     model, rows = minilm

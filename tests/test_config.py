@@ -54,6 +54,7 @@ def test_the_studies_of_the_repository_fit_schema_and_code(path):
     assert list(parse(values).runs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -137,7 +138,7 @@ def test_a_resolved_configuration_is_a_study_again():
         ({"partitions": {"odd": None}}, "partitions.odd: "),
         ({"seeds": [1, 1]}, "seeds: [1, 1]; allowed: a list of different whole numbers"),
         ({"study": "../up"}, "study: '../up'; allowed: up to 64 letters"),
-        ({"partitions": {"A": {"scheme": "iid"}, "a": {"scheme": "iid"}}}, "'A' and 'a' differ in case only"),
+        ({"partitions": {"A": {"scheme": "iid"}, "a": {"scheme": "iid"}}}, "'A' and 'a' differ only in case"),
         (
             {"tasks": {"own": {"task": "files", "train": "no.csv", "text": ["a"], "label": "b"}}},
             "tasks.own: train: no.csv: there is no such file",

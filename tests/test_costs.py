@@ -142,7 +142,7 @@ def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp
             "classification",
             2,
             [numpy.arange(8)] * 9,
-            prediction.StatedBatches("classification", 32),
+            prediction.GivenBatches("classification", 32),
             FederationConfig(clients=9, rounds=2),
             Training(batch_size=8),
             positions,
@@ -161,20 +161,20 @@ def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp
 
 def test_the_figures_of_the_paper_scale():
     """shared facts: RoBERTa-base 64 x 128 with its dropout, LLaMA-2-7B 1 x 512, float32, AdamW."""
-    case = cases.stated("roberta_base", "fedcybgd", loading={"dropout": "model"})
+    case = cases.case_of("roberta_base", "fedcybgd", loading={"dropout": "model"})
     found = cases.cost(case, 3)
     assert found.parameters == 124_647_170
     assert found.memory["block 0"].peak / GIB == pytest.approx(5.66, rel=0.02)
     assert found.memory["block 11"].peak / GIB == pytest.approx(1.19, rel=0.02)
     assert found.upload_bytes / found.turns / 4 / 124_647_170 == pytest.approx(0.062, abs=0.0005)
-    whole = cases.cost(cases.stated("roberta_base", "fedavg", loading={"dropout": "model"}), 3)
+    whole = cases.cost(cases.case_of("roberta_base", "fedavg", loading={"dropout": "model"}), 3)
     assert whole.memory["all"].peak / GIB == pytest.approx(8.30, rel=0.02)
-    llama = cases.cost(cases.stated("llama2_7b", "fedcybgd"), 3)
+    llama = cases.cost(cases.case_of("llama2_7b", "fedcybgd"), 3)
     assert llama.parameters == 6_738_415_616
     assert llama.memory["block 0"].peak / GIB == pytest.approx(30.4, rel=0.02)
     assert llama.memory["block 31"].peak / GIB == pytest.approx(27.9, rel=0.02)
     assert llama.upload_bytes / llama.turns / 4 == pytest.approx(202_383_360, rel=1e-4)
-    whole = cases.cost(cases.stated("llama2_7b", "fedavg", federation=FederationConfig(clients=1)), 3)
+    whole = cases.cost(cases.case_of("llama2_7b", "fedavg", federation=FederationConfig(clients=1)), 3)
     assert whole.memory["all"].peak / GIB == pytest.approx(101.4, rel=0.02)
 
 

@@ -484,7 +484,7 @@ def test_damage_is_noticed(tmp_path, model):
     (tmp_path / "task.json").write_text(description.replace('"max_length": 16', '"max_length": 17'))
     with pytest.raises(UserError, match="damaged"):
         Prepared.load(tmp_path)
-    with pytest.raises(UserError, match="no prepared data"):
+    with pytest.raises(UserError, match="prepared data cannot be read"):
         Prepared.load(tmp_path / "nowhere")
 
 

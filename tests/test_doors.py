@@ -34,6 +34,7 @@ def predicted(run, place, model=None):
     return prediction.predict(method, source, kind, labels, run.parts, batches, run.settings, run.training)
 
 
+@pytest.mark.slow
 def test_without_pull_and_without_controls_both_are_fedavg(place):
     fedavg = ran("fedavg", place)
     assert final(ran("fedprox", place, mu=0.0)) == final(fedavg)
@@ -42,6 +43,7 @@ def test_without_pull_and_without_controls_both_are_fedavg(place):
     assert final(ran("scaffold", place)) != final(fedavg)
 
 
+@pytest.mark.slow
 def test_fedprox_holds_one_copy_of_what_is_trained_and_scaffold_two_controls(place):
     """To the byte, where the peak is in the optimizer's step: one example a batch."""
     options = {"training": {"batch_size": 1, "local_steps": 1}}
@@ -54,6 +56,7 @@ def test_fedprox_holds_one_copy_of_what_is_trained_and_scaffold_two_controls(pla
     assert scaffold.method == 2 * trained and scaffold.peak - fedavg.peak == 2 * trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedprox", "scaffold"])
 def test_prediction_and_record_agree_on_what_the_method_holds(name, place, padded):  # noqa: F811
     run = ran(name, place)
@@ -89,6 +92,7 @@ class Corrected(Pulled):
 SGD = {"optimizer": "sgd", "learning_rate": 1e-2, "local_steps": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -117,6 +121,7 @@ def test_both_doors_give_the_same_update_under_every_setting(options, place):
         assert torch.allclose(moved, other, atol=2e-6, rtol=1e-3), name
 
 
+@pytest.mark.slow
 def test_both_doors_serve_half_precision_weights(place):
     options = {"training": SGD, "model": {"weights": "bfloat16"}, "rounds": 1}
     term, correction = ran(Pulled, place, **options), ran(Corrected, place, **options)
@@ -129,6 +134,7 @@ def test_both_doors_serve_half_precision_weights(place):
         assert abs(moved - without) > 0.05 * without
 
 
+@pytest.mark.slow
 def test_the_term_is_part_of_the_recorded_loss_once(place):
     options = {"training": {**SGD, "learning_rate": 1e-8, "accumulation": 2, "batch_size": 4}, "rounds": 1}
     with_term, plain = ran(Pulled, place, **options), ran("fedavg", place, **options)
@@ -186,6 +192,7 @@ class Looking(Method):
         turn.observed(min(losses))
 
 
+@pytest.mark.slow
 def test_passes_that_only_look_are_measured_counted_and_predicted(place, padded):  # noqa: F811
     run, fedavg = ran(Looking, place), ran("fedavg", place)
     memory, training = run.instruments.memory["queries"], fedavg.instruments.memory["all"]
@@ -215,6 +222,7 @@ class Broken(FedAvg):
                 turn.fit(segment, correct=lambda name, gradient: gradient[:1])
 
 
+@pytest.mark.slow
 def test_fedprox_adds_the_gradient_of_its_term(place):
     """The hand-written gradient mu (w - anchor) is the one that autograd finds."""
     sgd = {"optimizer": "sgd", "learning_rate": 0.1, "local_steps": 2}

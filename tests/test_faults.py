@@ -92,6 +92,7 @@ def fails_at(operation: int, name: str, number: int, action):
     return act
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", range(1, 5 + ROUNDS + 2))
 def test_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(operation, undisturbed, tmp_path):
     """Writes are: prepared data (3), partition, a checkpoint a round, the record and its copy."""
@@ -169,6 +170,7 @@ def test_results_that_are_read_only(undisturbed, tmp_path):
         assert sorted(results.rglob("*")) == before and hashed(record(results)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -264,6 +266,7 @@ def when_it_waits(child: forked.Child) -> forked.Child:
     return child
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGXCPU])
 def test_a_run_that_the_system_ends_goes_on(number, undisturbed, tmp_path):
     """So end a cluster's limit of memory (SIGKILL) and of time (SIGTERM), and a shell's of time (SIGXCPU)."""
@@ -292,7 +295,8 @@ def test_ctrl_c_is_no_traceback(undisturbed, tmp_path):
     ended = child.end()
     assert ended.status == 130
     assert "Traceback" not in ended.said
-    assert ended.said.splitlines()[-1].startswith("interrupted; a run continues from its last whole round")
+    last = ended.said.splitlines()[-1]
+    assert last.startswith("interrupted; a run continues from its last completed round")
     goes_on(study, results, expected, rounds_before=3)
 
 
@@ -317,7 +321,7 @@ def test_too_little_memory(undisturbed, tmp_path):
 
     ended = forked.run(act, tmp_path / "log")
     assert ended.status == 1, ended.said
-    assert "out of memory; the run continues from its last whole round" in ended.said.splitlines()[-1]
+    assert "out of memory; the run continues from its last completed round" in ended.said.splitlines()[-1]
     goes_on(study, results, expected, rounds_before=1)
 
 
@@ -334,6 +338,7 @@ def test_an_error_in_the_code_keeps_its_traceback(tmp_path):
 # Two processes
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run_make_it_once(undisturbed, tmp_path):
     study, expected = undisturbed
     results = tmp_path / "results"
@@ -347,7 +352,7 @@ def test_two_processes_on_one_run_make_it_once(undisturbed, tmp_path):
     # The dead one's lock is gone with it: the second goes on from where the first was.
     ended = second.end()
     assert ended.status == 0, ended.said
-    assert "films/iid/fedavg/seed1: another process makes it; waiting for its end" in ended.said
+    assert "films/iid/fedavg/seed1: another process is running it; waiting for it to finish" in ended.said
     assert "resumed after round 1/4" in ended.said
     assert hashed(record(results)) == expected
 
@@ -359,10 +364,11 @@ def test_the_second_of_two_processes_takes_the_record_of_the_first(undisturbed, 
     ended = [child.end() for child in children]
     assert [one.status for one in ended] == [0, 0, 0]
     assert sum(one.said.count(": round ") for one in ended) == ROUNDS
-    assert sum("was finished before; its record is put back" in one.said for one in ended) == 2
+    assert sum("already finished; its record is restored" in one.said for one in ended) == 2
     assert hashed(record(results)) == expected
 
 
+@pytest.mark.slow
 def test_different_runs_do_not_wait_for_each_other(undisturbed, tmp_path):
     study, _ = undisturbed
     results = tmp_path / "results"
@@ -465,6 +471,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_has_changed_is_made_again_and_never_mixed(name, tmp_path):
     change, differs = CHANGES[name]
@@ -479,6 +486,7 @@ def test_what_has_changed_is_made_again_and_never_mixed(name, tmp_path):
     assert (one["payload_sha256"] != other["payload_sha256"]) == bool(differs)
 
 
+@pytest.mark.slow
 def test_damaged_prepared_data_are_named(tmp_path):
     path = tiny_study.write(tmp_path, examples=60, federation={"clients": 2, "rounds": 1})
     make(load(path), tmp_path / "results")()
@@ -518,8 +526,8 @@ def test_a_record_is_enough_to_make_the_run_again(tmp_path):
     replace_in(tmp_path / "data.csv", "film", "play")
     done = fedlm("rerun", path, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "different: final payload: " in done.stdout and "not the same: data: " in done.stdout
-    assert "not the same: code" not in done.stdout
+    assert "different: final payload: " in done.stdout and "changed: data: " in done.stdout
+    assert "changed: code" not in done.stdout
 
     (tmp_path / "data.csv").unlink()
     done = fedlm("rerun", path, cwd=tmp_path)

@@ -30,6 +30,7 @@ def adapted(place, family, kind="classification", placement="both", width=4, **m
     return config, method, method.prepare(loading.load(config, kind, 2, 1), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PLACES)
 @pytest.mark.parametrize("placement", ["both", "feed_forward"])
 def test_adapters_end_the_sub_layers_of_every_family(place, family, placement):

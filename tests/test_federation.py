@@ -46,6 +46,7 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(numpy.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_fedavg_with_one_client_is_plain_training(place):
     run = worlds.federation("fedavg", place, scheme={"scheme": "pooled"}, rounds=1)
     run.run()
@@ -58,6 +59,7 @@ def test_centralized_is_plain_training_whatever_the_partition(place):
     assert same(worlds.values(run), plain_training(place, {}, rounds=2))
 
 
+@pytest.mark.slow
 def test_fedcybgd_with_the_whole_model_as_block_and_one_client_is_fedavg(place):
     scheme = {"scheme": "pooled"}
     one = worlds.federation("fedavg", place, scheme=scheme)
@@ -67,6 +69,7 @@ def test_fedcybgd_with_the_whole_model_as_block_and_one_client_is_fedavg(place):
     assert one.ledger.upload == other.ledger.upload
 
 
+@pytest.mark.slow
 def test_fedbavg_with_one_client_a_block_is_fedcybgd(place):
     one = worlds.federation("fedcybgd", place)
     other = worlds.federation("fedcybgd", place, clients_per_block=1)
@@ -157,6 +160,7 @@ def test_a_round_in_which_nobody_answers_leaves_the_model_as_it_was(place):
     assert run.rounds[0]["train_loss"] is None and run.ledger.upload == 0 < run.ledger.download
 
 
+@pytest.mark.slow
 def test_exact_bytes_of_the_methods(place):
     runs = {name: worlds.federation(name, place, rounds=1) for name in ("fedavg", "fedcybgd", "head_only")}
     for run in runs.values():
@@ -244,7 +248,7 @@ def test_schedules():
     assert rate_factor(0.7, 0.01, Training()) == 1
 
 
-def test_the_schedule_runs_over_the_federation_or_anew_in_each_turn(place, monkeypatch):
+def test_the_schedule_runs_over_the_federation_or_restarts_in_each_turn(place, monkeypatch):
     seen: dict[str, list] = {"federation": [], "turn": []}
     from fedlm.federation import turn
 
@@ -268,6 +272,7 @@ def test_the_schedule_runs_over_the_federation_or_anew_in_each_turn(place, monke
     assert seen["turn"][probe:] == pytest.approx([i / steps for i in range(steps)] * 2)
 
 
+@pytest.mark.slow
 def test_sgd_momentum_clipping_and_autocast_change_the_result_and_learn(place):
     base = {"scheme": {"scheme": "pooled"}, "rounds": 1}
     variants = [
@@ -285,6 +290,7 @@ def test_sgd_momentum_clipping_and_autocast_change_the_result_and_learn(place):
     assert len(set(found)) == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 def test_half_precision_weights_keep_a_float32_copy_of_what_is_trained(weights, place):
     run = worlds.federation(
@@ -305,6 +311,7 @@ def test_half_precision_weights_keep_a_float32_copy_of_what_is_trained(weights, 
     )
 
 
+@pytest.mark.slow
 def test_half_precision_payloads_halve_the_traffic(place):
     full = worlds.federation("fedavg", place, rounds=1)
     half = worlds.federation("fedavg", place, rounds=1, payload="bfloat16")
@@ -335,6 +342,7 @@ def test_the_test_split_is_scored_once(place):
     assert scored == [False] * 4 + [True]
 
 
+@pytest.mark.slow
 def test_dropout_of_the_layers_depends_on_the_seed_alone(place):
     results = []
     for number in (3, 4):
@@ -387,6 +395,7 @@ class Faulty(Method):
         return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

@@ -139,6 +139,7 @@ def product(tensors: dict, module: str) -> torch.Tensor:
     return tensors[names[0]].double() @ tensors[names[1]].double()
 
 
+@pytest.mark.slow
 def test_the_clients_of_these_tests_differ_in_size(place):
     sizes = [turn.examples for turn in watched("average", place).rounds[0]]
     assert len(set(sizes)) == len(sizes) == 3

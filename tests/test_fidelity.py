@@ -213,6 +213,7 @@ def test_clients_take_turns_one_after_another_and_the_server_overwrites(place):
 # --- who trains which block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
@@ -364,6 +365,7 @@ def test_moments_handed_on_are_those_of_whoever_trained_last(place):
 # --- the download
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_own_block_and_the_head_arrive_exactly_and_the_others_reduced(operator, place):
     seen = Watched(place, rounds=2, order="rotating", compression=OPERATORS[operator])
@@ -402,6 +404,7 @@ def test_all_updated_blocks_are_sent_where_the_share_is_one(place):
     assert equal(seen.run.server.tensors, plain_run(place).run.server.tensors)
 
 
+@pytest.mark.slow
 def test_caches_change_bytes_and_no_result(place):
     none, pretrained, last_visit = (Watched(place, cache=c) for c in ("none", "pretrained", "last_visit"))
     for seen in (none, pretrained, last_visit):
@@ -503,6 +506,7 @@ def test_the_walk_starts_at_the_orders_block_in_each_round(place):
 # --- what the authors' code trains, scores and counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"), [("fedavg", {}), ("fedcybgd", {"block": "model"}), ("fedcybgd", {})], ids=str
 )
@@ -515,6 +519,7 @@ def test_attention_and_feed_forward_of_gpt2_are_trained(method, settings, place)
     assert not any(torch.equal(server[name], initial[name]) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted({"fedlora", "fedadapter", "fedprompt"} & discover_methods().keys()))
 def test_adapter_weights_are_in_the_optimizer_and_change(method, place):
     added = {"fedlora": "lora_", "fedadapter": ".adapter.", "fedprompt": "prompt"}[method]
@@ -582,6 +587,7 @@ def test_an_upload_is_one_sixteenth_of_roberta_base():
     assert sent / sum(sizes.values()) == pytest.approx(0.062, abs=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 def test_half_precision_weights_are_trained_in_float32_copies(weights, place):
     seen = Watched(

@@ -61,6 +61,7 @@ def drawn(tmp_path_factory):
     return folder, arguments, expected, paths
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_as_pdf_and_png(drawn):
     _, _, _, paths = drawn
     names = figures.names(tasks=2, partitions=2)
@@ -78,6 +79,7 @@ def test_every_figure_is_drawn_as_pdf_and_png(drawn):
             assert content.startswith(b"%PDF") and b"Date" not in content and b"Matplotlib" not in content
 
 
+@pytest.mark.slow
 def test_another_process_with_other_settings_draws_the_same_bytes(drawn):
     folder, arguments, expected, paths = drawn
     runs, rounds, partitions = arguments
@@ -100,6 +102,7 @@ def test_another_process_with_other_settings_draws_the_same_bytes(drawn):
         assert (folder / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -128,6 +131,7 @@ def test_small_studies_do_not_crash(tmp_path, changes, monkeypatch):
         assert path.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypatch):
     monkeypatch.setitem(drawing.SETTINGS, "savefig.dpi", 60)
 
@@ -156,6 +160,7 @@ def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypa
     assert len(paths) == 2 * len(figures.names(1, 2))
 
 
+@pytest.mark.slow
 def test_large_studies_go_on_in_further_files(tmp_path, monkeypatch):
     assert "memory_2" in figures.names(5, 1) and "memory_2" not in figures.names(4, 9)
     assert "partitions_3" in figures.names(4, 9) and "trade_off_9" in figures.names(4, 9)
@@ -192,6 +197,7 @@ def test_partitions_of_any_size_are_drawn(clients, labels):
     assert axes.get_xlabel() == ("client" if clients <= partition_figures.MANY_CLIENTS else "client, by size")
 
 
+@pytest.mark.slow
 def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
     """All points are within the axes; titles, axis labels and legends have places of their own."""
     folder, arguments, expected, _ = drawn

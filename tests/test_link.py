@@ -67,6 +67,7 @@ class Diary:
         return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,6 +120,7 @@ def test_last_visit_sends_exactly_what_changed_since(operator, options, place):
         assert diary.resent  # a lossy copy of what it must now train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -244,6 +246,7 @@ def test_a_stale_block_stays_as_the_client_last_had_it(place):
         assert torch.equal(value, first[name] + (3 if name in own else 2)), name
 
 
+@pytest.mark.slow
 def test_many_clients_cost_nothing_where_nothing_is_kept(place):
     for cache in ("none", "pretrained"):
         run = worlds.federation("fedcybgd", place, cache=cache, compression={"operator": "quantize"})

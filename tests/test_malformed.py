@@ -202,6 +202,7 @@ def read(values):
     return lambda: reading.parse(copy.deepcopy(values), "study")
 
 
+@pytest.mark.slow
 def test_every_nasty_value_at_every_place(plain):
     """Some 2,100 studies. A wrong value may be harmless, but then the study can be resolved."""
     refused = tried = 0

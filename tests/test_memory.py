@@ -58,6 +58,7 @@ def allocator_peak(step, tensors):
 
 # With the model's own dropout of 0.1, which needs masks and a slower attention; without dropout a step needs
 # less (436, 212 and 133 MiB).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trained", "mebibytes"), [("all", 488), ("first block", 276), ("last block", 144.5)]
 )
@@ -76,6 +77,7 @@ def test_minilm_agrees_with_the_allocator(trained, mebibytes):
     assert memory.peak == pytest.approx(truth, rel=0.01)
 
 
+@pytest.mark.slow
 def test_it_repeats_to_the_byte():
     step, model, *_ = minilm_step("last block", dropout=0.0)
     first = measure_step(step, model)

@@ -17,6 +17,8 @@ from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.method import Method
 from fedlm.study.plugins import discover_methods, method_in
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "fedcybgd": [
         {"order": "random"},

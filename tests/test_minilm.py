@@ -9,9 +9,12 @@ from fedlm.exchange import payload
 from fedlm.federation.loop import Batches, Federation
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
+from fedlm.measure.memory import KINDS
 from fedlm.models import loading
 from fedlm.models.config import ModelConfig
 from fedlm.study.plugins import discover_methods, discover_tasks
+
+pytestmark = pytest.mark.slow
 
 MINILM = ModelConfig(source="minilm")
 # Bytes of one upload: 5 labels, float32, header included.
@@ -61,7 +64,7 @@ def test_a_turn_of_each_method(name, news):
     ]
     assert set(expected) <= set(moved)
     memory = run.instruments.peak()
-    parts = memory.parameter + memory.gradient + memory.optimizer + memory.activation
+    parts = sum(getattr(memory, kind) for kind in KINDS)
     assert parts == memory.peak > 80 * 2**20
     assert (
         run.ledger.broadcast

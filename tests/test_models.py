@@ -40,6 +40,7 @@ def shapes(model):
     return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "kind", "labels", "parameters"),
     [
@@ -279,7 +280,7 @@ def test_a_source_that_cannot_exist_is_named(source, says):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, folders):
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match="has no config.json"):
         places.check(ModelConfig(source=str(tmp_path)))
 
     shape_only = tmp_path / "shape"
@@ -327,6 +328,7 @@ def test_code_of_a_model_runs_only_if_the_study_says_so(tmp_path):
         build_on_meta(ModelConfig(source=str(tmp_path)), "classification", 2)
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_named(tmp_path):
     script = (
         "from fedlm.models.loading import *\n"

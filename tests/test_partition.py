@@ -203,7 +203,7 @@ def test_examples_move_from_the_largest_client_and_are_counted():
         ({"scheme": "iid"}, 901, "901 training examples, but there are 900"),
         ({"scheme": "iid", "min_examples": 10}, 91, "enough for 90 clients"),
         ({"scheme": "iid"}, 0, "clients: 0"),
-        ({"scheme": "labels", "labels_per_client": 3}, 5, "labels_per_client: 3.*allowed is 1 to 2"),
+        ({"scheme": "labels", "labels_per_client": 3}, 5, "labels_per_client: 3.*allowed: 1 to 2"),
         ({"scheme": "labels", "labels_per_client": 1}, 1, "at least 2 labels a client"),
     ],
 )
@@ -333,6 +333,7 @@ def test_damaged_partition_files_are_recognised(tmp_path):
         PartitionFile.read(tmp_path / "absent.json")
 
 
+@pytest.mark.slow
 def test_ten_thousand_clients_are_divided_in_seconds():
     labels, groups, indices = pool(60_000, num_labels=3, num_groups=50)
     for scheme in SCHEMES[1:]:

@@ -189,7 +189,7 @@ def test_a_renamed_label_trains_nothing(tmp_path):
     place.write(methods={"only_the_head": {"method": "head_only"}})
     status, said = place.snakemake()
     assert status == 0, said
-    assert "only_the_head/seed1: was finished before; its record is put back" in said
+    assert "only_the_head/seed1: already finished; its record is restored" in said
     assert ": round " not in said
     table = pandas.read_csv(tmp_path / "results/tiny/tables/main.csv")
     assert list(table["method"]) == ["only_the_head"]
@@ -208,14 +208,14 @@ def test_runs_that_share_a_process(tmp_path):
     status, said = place.snakemake()
     assert status == 1
     assert "Training fedavg on films: 2 runs in one process" in said
-    # Snakemake removes what a failed job has made; the finished record is put back from its copy.
+    # Snakemake removes what a failed job has made; the finished record is restored from its copy.
     finished = place.records()
     assert list(finished) == ["films/iid/fedavg/seed1.json"]
     assert place.missing() == ["films/pooled/fedavg/seed1"]
 
     status, said = place.snakemake()
     assert status == 1
-    assert "films/iid/fedavg/seed1: was finished before" in said
+    assert "films/iid/fedavg/seed1: already finished" in said
     assert "films/iid/fedavg/seed1: round" not in said
     assert place.records()["films/iid/fedavg/seed1.json"][0] == finished["films/iid/fedavg/seed1.json"][0]
 
@@ -237,4 +237,4 @@ def test_a_bad_study_is_refused_before_any_job(tmp_path):
 
     status, said = place.snakemake("--config", "rounds=3")
     assert status == 2
-    assert "settings stand in the study file" in said
+    assert "settings belong in the study file" in said

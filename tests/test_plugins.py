@@ -113,6 +113,7 @@ def test_folders_with_files_of_one_name_do_not_collide(tmp_path):
     assert first.is_bias("weight") is False and second.is_bias("weight") == "other"
 
 
+@pytest.mark.slow
 def test_a_run_of_plugins_is_made_made_again_and_costed(tmp_path, monkeypatch, capsys):
     mine(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
@@ -133,6 +134,7 @@ def test_a_run_of_plugins_is_made_made_again_and_costed(tmp_path, monkeypatch, c
     assert rerun(folders.record(run), plugins=["moved"]) == []
 
 
+@pytest.mark.slow
 def test_a_change_of_a_plugin_or_its_helper_changes_the_hash_of_the_code(tmp_path):
     script = (
         "import sys; from fedlm.study.reading import load; from fedlm.jobs import provenance;"
@@ -189,7 +191,7 @@ def test_folders_at_fault(tmp_path):
     mine(tmp_path / "mine")
     mine(tmp_path / "too", biases=BIASES, _common=COMMON)
     (tmp_path / "file.py").write_text(BIASES)
-    assert "absent: not there; allowed: a folder" in faults(study_of(tmp_path, plugins=["absent"]))[0]
+    assert "absent: does not exist; allowed: a folder" in faults(study_of(tmp_path, plugins=["absent"]))[0]
     assert "file.py: a file; allowed: a folder" in faults(study_of(tmp_path, plugins=["file.py"]))[0]
     assert (
         "mine: named twice"
@@ -223,6 +225,7 @@ def test_the_command_line_refuses_before_any_job(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and "broken.py" in done.stderr and "line 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_lists_show_plugins_that_the_command_line_names(tmp_path):
     mine(tmp_path / "mine")
     assert "biases" in command("methods", "--plugins", "mine", cwd=tmp_path).stdout
@@ -239,6 +242,7 @@ class Mine(Method):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "failing"),
     [
@@ -266,10 +270,11 @@ def test_test_method_tells_right_from_wrong(code, failing, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["absent.py"], "absent.py: not there; allowed: a Python file with one method"),
+        (["absent.py"], "absent.py: does not exist; allowed: a Python file with one method"),
         (["."], "a folder; allowed: "),
         (["weather.py"], "weather.py: holds no method; allowed: "),
         (["fedavg.py"], "the method name 'fedavg' is built in"),

@@ -184,6 +184,7 @@ def test_compiled_files_that_are_not_ours_are_named(tmp_path):
         records.load_rounds(tmp_path / "absent.parquet")
 
 
+@pytest.mark.slow
 def test_results_tables_and_figures_need_no_torch():
     modules = "fedlm.data.partition, fedlm.results.tables, fedlm.results.figures"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

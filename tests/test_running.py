@@ -27,11 +27,12 @@ def record(folder, study, name="record.json", lines=None):
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow
 def test_a_changed_data_file_is_prepared_again_and_never_mixed(tmp_path):
     study = tiny_study.write(tmp_path)
     before = record(tmp_path, study)
     again = record(tmp_path, study)
-    assert again == before  # put back, not made again
+    assert again == before  # restored, not run again
     rows = list(csv.reader((tmp_path / "data.csv").open()))
     with (tmp_path / "data.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows[:-6])
@@ -52,7 +53,7 @@ def test_a_finished_run_is_put_back_and_says_so(tmp_path):
     study, lines = tiny_study.write(tmp_path), []
     before = record(tmp_path, study)
     assert record(tmp_path, study, "other.json", lines) == before
-    assert lines == ["films/iid/head_only/seed1: was finished before; its record is put back"]
+    assert lines == ["films/iid/head_only/seed1: already finished; its record is restored"]
 
 
 ROUND = {"federation": {"clients": 2, "rounds": 1}}
@@ -81,7 +82,7 @@ def test_a_label_that_is_renamed_trains_nothing(tmp_path):
     run = Run("movies", "alike", "only_the_head", 1)
     after, trained = made(tmp_path, run, lines, **renamed)
     assert not trained
-    assert lines[-1] == "movies/alike/only_the_head/seed1: was finished before; its record is put back"
+    assert lines[-1] == "movies/alike/only_the_head/seed1: already finished; its record is restored"
     labels = dict(zip(("task", "partition", "method"), run, strict=False))
     assert after == {**before, **labels}
     # The copy holds the old labels; collecting, too, puts it back under the present ones.
@@ -102,6 +103,7 @@ def test_an_edit_that_is_undone_trains_nothing(tmp_path):
     assert made(tmp_path, RUN, lines, **other) == (second, False)
 
 
+@pytest.mark.slow
 def test_seeds_and_settings_are_no_labels(tmp_path):
     lines = []
     seeds, labels = {"seeds": [1, 2]}, {"methods": {"head_only": {"method": "fedavg"}}}
@@ -147,6 +149,7 @@ def cleaned(folder, *options) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 def test_clean_removes_what_the_study_does_not_use_and_nothing_else(tmp_path):
     root, lines = tmp_path / "results/study", []
     runs = {"seeds": [1], "methods": {"head_only": None}}

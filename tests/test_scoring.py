@@ -41,6 +41,7 @@ def load(tmp_path_factory):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_does_not_depend_on_batches_or_order(kind, load):
     data = prepared(kind)

@@ -37,6 +37,7 @@ def test_what_the_pipeline_imports_at_each_start_is_as_small():
     assert found.isdisjoint(HEAVY)
 
 
+@pytest.mark.slow
 def test_a_job_imports_pytorch_and_transformers_but_not_evaluate_or_peft():
     found = imported_by(
         "import fedlm.jobs.running, fedlm.jobs.record, fedlm.federation.loop, fedlm.models.loading"
@@ -45,6 +46,7 @@ def test_a_job_imports_pytorch_and_transformers_but_not_evaluate_or_peft():
     assert found.isdisjoint({"evaluate", "datasets", "peft", "matplotlib", "transformers.pipelines"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", CATALOGUE)
 @pytest.mark.parametrize("kind", METRICS)
 def test_the_facts_of_a_labelled_model_are_those_of_its_structure(source, kind):

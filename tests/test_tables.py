@@ -180,6 +180,7 @@ def test_two_labels_with_one_title_stay_apart(tmp_path):
     assert set(table["title"]) == {"FedCyBGD (fedcybgd)", "FedCyBGD (fedcybgd_pruned)"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -72,17 +72,20 @@ def test_every_task_says_what_it_is(name):
 
 
 def test_a_new_file_is_a_new_task_and_a_broken_one_is_named(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from fedlm.data.task import Task\nclass Mine(Task):\n    name = title = reference = 'mine'\n"
-    )
-    assert list(discover_tasks(tmp_path)) == ["mine"]
-    (tmp_path / "other.py").write_text((tmp_path / "mine.py").read_text())
+    mine = "from fedlm.data.task import Task\nclass Mine(Task):\n    name = title = reference = 'mine'\n"
+
+    def folder(**files: str) -> Path:
+        made = tmp_path / "-".join(files)
+        made.mkdir()
+        for name, text in files.items():
+            (made / f"{name}.py").write_text(text)
+        return made
+
+    assert list(discover_tasks(folder(mine=mine))) == ["mine"]
     with pytest.raises(UserError, match="'mine' is taken"):
-        discover_tasks(tmp_path)
-    (tmp_path / "other.py").unlink()
-    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
-    with pytest.raises(UserError, match=r"broken\.py cannot be imported"):
-        discover_tasks(tmp_path)
+        discover_tasks(folder(mine=mine, other=mine))
+    with pytest.raises(UserError, match=r"broken\.py: cannot be imported"):
+        discover_tasks(folder(broken="import nothing_of_this_name"))
 
 
 # ---------------------------------------------------------------------------------------- embedded data
@@ -106,6 +109,7 @@ def test_finding_bbc_news_does_not_import_its_package():
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+@pytest.mark.slow
 def test_reviews():
     fetched("vader")
     films, sources = TASKS["movie_reviews"]().load(), TASKS["review_sources"]().load()

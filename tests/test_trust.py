@@ -218,6 +218,7 @@ def test_every_name_that_is_a_label_is_taken(label):
     assert next(parse({**STUDY, "partitions": {label: {"scheme": "iid"}}}).runs()).partition == label
 
 
+@pytest.mark.slow
 def test_a_run_writes_nowhere_but_into_its_results(tmp_path, monkeypatch):
     study = load(tiny_study.write(tmp_path / "own", examples=60, federation={"clients": 2, "rounds": 1}))
     (tmp_path / "empty").mkdir()

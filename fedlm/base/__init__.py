@@ -1,4 +1,4 @@
-"""The ground floor: errors, whole files, named random streams, settings, downloads.
+"""What all packages use: errors, atomic files, named random streams, settings, checked downloads.
 
-For everyone above: `errors`, `allocator`, `files`, `randomness`, `settings`, `downloads`.
+For all others: `errors`, `allocator`, `files`, `randomness`, `settings`, `downloads`.
 """

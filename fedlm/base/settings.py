@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Immutable settings; an unknown key is an error, numbers must be finite, and `true` is no number."""
+    """Immutable settings; an unknown key is an error, numbers must be finite, and `true` is not a number."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()

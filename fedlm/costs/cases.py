@@ -1,4 +1,4 @@
-"""The cases whose costs are predicted: methods on models, or all of a study; many at the same time."""
+"""The cases whose costs are predicted, in parallel: methods on models, or all of a study."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from fedlm.base.errors import UserError
 from fedlm.base.files import write_atomically
-from fedlm.costs.prediction import Costs, StatedBatches, predict
+from fedlm.costs.prediction import Costs, GivenBatches, predict
 from fedlm.federation.method import Method, MethodConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.catalogue import CATALOGUE
@@ -23,13 +23,13 @@ from fedlm.study.plugins import discover_methods, file_of, find, is_own
 from fedlm.study.study import Study
 
 CORE = ("fedavg", "fedcybgd", "fedlora", "fedprompt")
-TURNS_FOR_A_REQUEST = 200  # enough to meet every block, when only the memory to ask for matters
+TURNS_FOR_A_REQUEST = 200  # enough to train every block, when only the memory request matters
 ENCODERS = ("bert", "roberta")
 KINDS_OF_TASK: tuple[Kind, ...] = get_args(Kind)
 
 
 class Case(NamedTuple):
-    """One row of the costs: a method on a model, with everything stated that they depend on."""
+    """One row of the costs: a method on a model, with everything that its costs depend on."""
 
     task: str  # the label in a study, or ""
     model: str  # what the row is called
@@ -45,10 +45,12 @@ class Case(NamedTuple):
     steps: int  # optimizer steps of a turn
     federation: Federation
     training: Training
-    participants: float = 1.0  # of the study, for one here: where only a part of the federation is rehearsed
+    participants: float = (
+        1.0  # clients of the study per client here, where only part of the federation is simulated
+    )
 
     def key(self) -> str:
-        """Return a text that is equal for cases of equal costs."""
+        """Return a text that is the same for cases with equal costs."""
         values = self._asdict() | dict.fromkeys(("task", "model", "method", "title", "method_class"))
         for name in ("config", "settings", "federation", "training"):
             values[name] = values[name].model_dump(mode="json")
@@ -56,12 +58,12 @@ class Case(NamedTuple):
 
 
 def natural_kind(model: ModelConfig) -> Kind:
-    """Return what a model is fine-tuned for if nothing is said: classification, or causal for decoders."""
+    """Return the default kind of task for a model: classification, or causal for decoders."""
     shape = build_config(model, "classification", 2).model_type
     return "classification" if shape in ENCODERS else "causal"
 
 
-def stated(
+def case_of(
     model: str,
     method: str,
     *,
@@ -77,7 +79,7 @@ def stated(
     """Return the case of one method with its default settings on one model.
 
     The batch is by default 64 texts of 128 tokens for encoders and 1 of 512 for decoders. `loading` are
-    settings of the model beside its source.
+    settings of the model besides its source.
 
     Raises UserError for a method or model that does not exist, or a length beyond the model's positions.
     """
@@ -138,7 +140,7 @@ def of_models(
         loading: dict[str, Any] = {"weights": weights, "gradient_checkpointing": gradient_checkpointing}
         ModelConfig(source="x", **loading)
         return [
-            stated(
+            case_of(
                 model,
                 method,
                 kind=kind,
@@ -162,8 +164,8 @@ def of_models(
 def of_study(study: Study, steps: int = 10, for_requests: bool = False) -> list[Case]:
     """Return a case for each task and method of a study.
 
-    A turn has the study's local_steps, or else `steps`, since how many examples there are is not known.
-    `for_requests` leaves out rounds that would only count more bytes.
+    A turn has the study's local_steps, or else `steps`, since the number of examples is not known.
+    `for_requests` leaves out rounds that would only add bytes.
     """
     cases = []
     pairs = dict.fromkeys((run.task, run.partition, run.method) for run in study.runs())
@@ -205,7 +207,7 @@ def of_study(study: Study, steps: int = 10, for_requests: bool = False) -> list[
 
 def cost(case: Case, positions: int | None) -> Costs:
     """Return the costs of a case; `positions` as in `costs.predict`."""
-    # Transformers and peft speak to their own developers.
+    # These warnings are meant for the developers of Transformers and peft.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     method = case.method_class(case.settings, case.federation.clients, 0)
@@ -220,7 +222,7 @@ def cost(case: Case, positions: int | None) -> Costs:
         case.kind,
         case.num_labels,
         [numpy.arange(examples)] * case.federation.clients,
-        StatedBatches(case.kind, room, getattr(shape, "type_vocab_size", 1) > 1),
+        GivenBatches(case.kind, room, getattr(shape, "type_vocab_size", 1) > 1),
         case.federation,
         training,
         positions,
@@ -231,14 +233,14 @@ def cost_all(
     cases: Sequence[Case],
     positions: int | None = None,
     processes: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Costs | UserError]:
-    """Return the costs of each case, or why there are none; cases of equal costs are done once.
+    """Return the costs of each case, or the error; cases with equal costs are computed once.
 
-    `processes` work at the same time, by default one a processor core.
+    `processes` run in parallel, by default one per processor core. `log` receives a line per finished case.
     """
     distinct = {case.key(): case for case in cases}
-    # The largest first, so that none is left alone at the end.
+    # The largest first, so that no process is left with it at the end.
     order = sorted(distinct, key=lambda key: -_weight(distinct[key]))
     found: dict[str, Costs | UserError] = {}
     processes = min(processes or len(os.sched_getaffinity(0)), len(order))
@@ -248,7 +250,7 @@ def cost_all(
         futures = {pool.submit(_guarded, distinct[key], positions): key for key in order}
         for number, future in enumerate(as_completed(futures), 1):
             case, found[futures[future]] = distinct[futures[future]], future.result()
-            say(f"{number} of {len(futures)}: {case.title} on {case.model}")
+            log(f"{number} of {len(futures)}: {case.title} on {case.model}")
     return [found[case.key()] for case in cases]
 
 
@@ -274,7 +276,7 @@ def _weight(case: Case) -> int:
 
 
 def _begin(plugin_folders: Sequence[Path]) -> None:
-    """Prepare a process for its cases: one thread, and plug-ins imported, whose classes cases bring along."""
+    """Prepare a process for its cases: one thread, and the plug-ins imported that its cases use."""
     import torch
 
     torch.set_num_threads(1)

@@ -94,9 +94,9 @@ def _one_model(rows: pandas.DataFrame, blocks: pandas.DataFrame, model: str) -> 
 
 
 def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, drawing.Style]) -> Figure:
-    """Peak memory by the position of the trained block; level lines are methods without blocks.
+    """Peak memory by the position of the trained block; horizontal lines are methods without blocks.
 
-    A block that several layers share stands alone behind the last layer. What lies far above is only named.
+    A block that several layers share stands alone after the last layer. Values far above are only labelled.
     """
     figure, cells, columns = _grid(rows, 1.45)
     for place, (axes, some) in enumerate(cells):
@@ -120,11 +120,11 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
             elif points["peak_memory_bytes"].iloc[0] <= limit:
                 axes.axhline(peaks.iloc[0], color=style.colour, linestyle=style.line, linewidth=0.9)
             else:
-                told = f"{points['title'].iloc[0]}: {significant(peaks.iloc[0])} GiB"
+                label = f"{points['title'].iloc[0]}: {significant(peaks.iloc[0])} GiB"
                 axes.text(
                     0.98,
                     0.97,
-                    told,
+                    label,
                     ha="right",
                     va="top",
                     color=style.colour,

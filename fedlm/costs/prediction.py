@@ -1,8 +1,8 @@
-"""What a method costs, foretold without weights, data, GPU or network.
+"""What a method costs, predicted without weights, data, GPU or network.
 
 The method's own code runs without values, turn by turn: the same cohorts, payloads, caches, batches and steps
-as in a real run. Each kind of training step is then done once on fake tensors. Bytes and FLOPs come out
-exactly as a record would state them, peak memory to within a percent (in fact nearly to the byte).
+as in a real run. Each kind of training step is then done once on fake tensors. Bytes and FLOPs are
+exactly those of a real run's record, peak memory is within one percent (in fact nearly to the byte).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Costs:
     `broadcast_bytes` is the pretrained model, sent to each client once; `download_bytes` and `upload_bytes`
     are of the whole run, as are `flops`. `turns` counts the turns, `answered` those that ended in an upload.
     `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
-    were not done: they lie between alike blocks that were. `kept_bytes` is what all clients together keep
-    after the run. In `alike`, segments that differ in their position only have the same number.
+    were not measured: they are between equal blocks that were. `kept_bytes` is what all clients together keep
+    after the run. In `alike`, segments that differ only in their position have the same number.
     """
 
     parameters: int
@@ -69,10 +69,10 @@ class Costs:
         return max(self.memory.values(), key=lambda memory: memory.peak)
 
 
-class StatedBatches:
-    """Batches of a stated length; what is in them does not matter.
+class GivenBatches:
+    """Batches of a given length; their content does not matter.
 
-    `length` counts tokens, `two_kinds` says whether the model tells first from second sentences.
+    `length` counts tokens, `two_kinds` is whether the model distinguishes first and second sentences.
     """
 
     def __init__(self, kind: Kind, length: int, two_kinds: bool = False) -> None:
@@ -101,15 +101,15 @@ class StatedBatches:
 
 
 class _Work(NamedTuple):
-    """Training that costs the same, wherever it occurs: `what` is a batch's shapes, or a segment's label."""
+    """Training of the same cost wherever it occurs: `what` is a batch's shapes, or a segment's label."""
 
     trainable: tuple[str, ...]
     dropped: tuple[int, ...]
     what: Any
 
 
-class _Occasion(NamedTuple):
-    """Where work was met first: enough to do it once."""
+class _Instance(NamedTuple):
+    """The first occurrence of some work: enough to do it once."""
 
     turn: _RecordedTurn
     segment: Segment
@@ -117,7 +117,7 @@ class _Occasion(NamedTuple):
 
 
 class _RecordedTurn(Turn):
-    """A turn that records what it would do; the work itself is done once for all equal turns."""
+    """A turn that records its work instead of doing it; the work is done once for all equal turns."""
 
     def __init__(self, work: _Recorded, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -128,7 +128,7 @@ class _RecordedTurn(Turn):
         for segment in segments:
             if self._plan and segment.steps and (segment.trainable or segment.forward_only):
                 step = self.largest_step()
-                self._work.probe(_Occasion(self, segment, step), self.size(step))
+                self._work.probe(_Instance(self, segment, step), self.size(step))
 
     def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if not segment.trainable or not segment.steps:
@@ -148,10 +148,10 @@ class _RecordedTurn(Turn):
 
     def _record(self, segment: Segment, step: Step, backward: bool = True) -> None:
         for indices in step:
-            self._work.passes(_Occasion(self, segment, [indices]), self._make_batch, backward)
+            self._work.passes(_Instance(self, segment, [indices]), self._make_batch, backward)
 
     def again(self) -> Turn:
-        """Return a turn that can do what this one recorded, on tensors of the present mode."""
+        """Return a turn that can do the recorded work, on tensors of the current mode."""
         received, kept = _empty(self.received), _empty(self._kept_before)
         return Turn(
             self.model,
@@ -174,24 +174,24 @@ class _Recorded:
     def __init__(self, instruments: Instruments) -> None:
         self.instruments = instruments
         self.count: dict[_Work, int] = defaultdict(int)
-        self.where: dict[_Work, _Occasion] = {}
-        self.largest: dict[_Work, tuple[int, _Occasion]] = {}
+        self.where: dict[_Work, _Instance] = {}
+        self.largest: dict[_Work, tuple[int, _Instance]] = {}
 
-    def probe(self, occasion: _Occasion, tokens: int) -> None:
+    def probe(self, instance: _Instance, tokens: int) -> None:
         """Record a step of so many tokens if it is the largest of its segment so far."""
-        work = _Work(tuple(occasion.segment.trainable), self.instruments.dropped, occasion.segment.label)
+        work = _Work(tuple(instance.segment.trainable), self.instruments.dropped, instance.segment.label)
         if tokens > self.largest.get(work, (0,))[0]:
-            self.largest[work] = tokens, occasion
+            self.largest[work] = tokens, instance
 
     def passes(
-        self, occasion: _Occasion, make_batch: Callable[[numpy.ndarray], Batch], backward: bool
+        self, instance: _Instance, make_batch: Callable[[numpy.ndarray], Batch], backward: bool
     ) -> None:
         """Record a pass over one batch."""
-        batch = make_batch(occasion.step[0])
+        batch = make_batch(instance.step[0])
         shapes = (backward, *((name, tuple(value.shape)) for name, value in batch.items()))
-        work = _Work(tuple(occasion.segment.trainable), self.instruments.dropped, shapes)
+        work = _Work(tuple(instance.segment.trainable), self.instruments.dropped, shapes)
         self.count[work] += 1
-        self.where.setdefault(work, occasion)
+        self.where.setdefault(work, instance)
 
 
 class _Rehearsal(Rounds):
@@ -223,30 +223,30 @@ class _Rehearsal(Rounds):
         for round in range(1, self.settings.rounds + 1):
             self.play(round)
 
-    def memory_of(self, occasion: _Occasion) -> Memory:
-        """Do the step of an occasion on fake tensors and return its memory."""
+    def memory_of(self, instance: _Instance) -> Memory:
+        """Do an instance's step on fake tensors and return its memory."""
         self.instruments.memory.clear()
         self.instruments.largest.clear()
-        turn, segment = occasion.turn, occasion.segment
+        turn, segment = instance.turn, instance.segment
         with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
             turn.again().probe([segment], self.method.train)
         return self.instruments.memory[segment.label]
 
-    def flops_of(self, occasion: _Occasion, backward: bool) -> int:
-        """Return the FLOPs of an occasion, done on fake tensors if no equal one was done before."""
-        turn, trained = occasion.turn, set(occasion.segment.trainable)
+    def flops_of(self, instance: _Instance, backward: bool) -> int:
+        """Return the FLOPs of an instance, done on fake tensors unless an equal one was done before."""
+        turn, trained = instance.turn, set(instance.segment.trainable)
         with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
             self.model.train()
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in trained)
-            batch = self.make_batch(occasion.step[0])
+            batch = self.make_batch(instance.step[0])
             work = Pass(self.model, batch, self.training, backward=backward)
-            found = self.instruments.flops_of(occasion.segment.trainable, batch, work, backward)
+            found = self.instruments.flops_of(instance.segment.trainable, batch, work, backward)
             self.model.zero_grad()
         return found
 
     def kept_bytes(self) -> int:
-        """Return the bytes of all that clients keep; what several have in the same version is held once."""
+        """Return the bytes of all that clients keep; a version that several clients have is stored once."""
         own = sum(value.nbytes for kept in self.server.kept.values() for value in kept.values())
         seen = {(name, version) for has in self.link.seen.values() for name, (version, _) in has.items()}
         initial = self.server.initial
@@ -272,10 +272,10 @@ def predict(
 
     Args:
         method: not yet prepared.
-        parts: who holds which examples, one array a client; what matters is how many.
+        parts: who holds which examples, one array per client; only their numbers matter.
         batches: makes a batch of examples, of which only shapes matter, with a `size` in tokens.
-        positions: of alike blocks, at how many positions to do a step (at least 3: the first two and the
-            last); between them costs are interpolated. None does all.
+        positions: at how many positions of equal blocks to measure a step (at least 3: the first two and
+            the last); between them costs are interpolated. None measures all.
 
     Raises:
         UserError: the model cannot be found, or the method does not suit it.
@@ -291,7 +291,7 @@ def predict(
         broadcast = payload.size(dict(pretrained.named_parameters()), method.config.payload)
         built = method.prepare(pretrained, kind)
         run = _Rehearsal(method, built, parts, batches, federation, training, method.seed, broadcast)
-        # The rounds pass before the model becomes a fake one, which is many times slower.
+        # The rounds run before the model becomes fake, since fake tensors are many times slower.
         run.run()
         rehearsals.append(run)
         return built
@@ -299,8 +299,8 @@ def predict(
     with fake_model(model, kind, num_labels, rehearse), older_objects_set_aside():
         (run,) = rehearsals
         recorded = run.work
-        occasions = {work: occasion for work, (_, occasion) in recorded.largest.items()}
-        memory = _measure(occasions, lambda work, one: asdict(run.memory_of(one)), positions)
+        instances = {work: instance for work, (_, instance) in recorded.largest.items()}
+        memory = _measure(instances, lambda work, one: asdict(run.memory_of(one)), positions)
         flops = _measure(
             recorded.where, lambda work, one: {"flops": run.flops_of(one, work.what[0])}, positions
         )
@@ -311,7 +311,7 @@ def predict(
         if work.what not in by_label or peak.peak > by_label[work.what].peak:
             by_label[work.what] = peak
     exchanged = run.server.initial
-    groups = {work.what: _place(work, occasion)[0] for work, occasion in occasions.items()}
+    groups = {work.what: _place(work, instance)[0] for work, instance in instances.items()}
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
     return Costs(
         parameters=parameters,
@@ -333,22 +333,22 @@ def predict(
 
 
 def _measure(
-    occasions: dict[_Work, _Occasion],
-    measure: Callable[[_Work, _Occasion], dict[str, Any]],
+    instances: dict[_Work, _Instance],
+    measure: Callable[[_Work, _Instance], dict[str, Any]],
     positions: int | None,
 ) -> dict[_Work, dict[str, Any]]:
-    """Return what each work costs; of works that differ in position only, measured at some positions."""
+    """Return what each work costs; of works that differ only in position, some are interpolated."""
     if positions is None:
-        return {work: measure(work, occasion) for work, occasion in occasions.items()}
-    alike: dict[Hashable, dict[int, list[_Work]]] = defaultdict(lambda: defaultdict(list))
-    for work in occasions:
-        key, position = _place(work, occasions[work])
-        alike[key][position].append(work)
+        return {work: measure(work, instance) for work, instance in instances.items()}
+    groups: dict[Hashable, dict[int, list[_Work]]] = defaultdict(lambda: defaultdict(list))
+    for work in instances:
+        key, position = _place(work, instances[work])
+        groups[key][position].append(work)
     found = {}
-    for places in alike.values():
+    for places in groups.values():
         there = sorted(places)
         chosen = _spread(there, max(positions, LEAST_POSITIONS))
-        measured = {place: measure(places[place][0], occasions[places[place][0]]) for place in chosen}
+        measured = {place: measure(places[place][0], instances[places[place][0]]) for place in chosen}
         for place, works in places.items():
             for number, work in enumerate(works):
                 if place in measured:
@@ -359,7 +359,7 @@ def _measure(
 
 
 def _spread(there: list[int], count: int) -> list[int]:
-    """Return about `count` of the positions: the first two, the last, and evenly between."""
+    """Return about `count` of the positions: the first two, the last, and some evenly spaced between."""
     if len(there) <= count:
         return there
     steps = numpy.linspace(1, len(there) - 1, count - 1)
@@ -374,7 +374,7 @@ def _between(measured: dict[int, dict[str, Any]], place: int) -> dict[str, Any]:
     }
 
 
-def _place(work: _Work, occasion: _Occasion) -> tuple[Hashable, int]:
+def _place(work: _Work, instance: _Instance) -> tuple[Hashable, int]:
     """Return what work has in common with that at other layers, and the lowest layer that it trains.
 
     A turn's cost follows from how far down the backward pass goes, how much is trained there, and how many
@@ -383,7 +383,7 @@ def _place(work: _Work, occasion: _Occasion) -> tuple[Hashable, int]:
     numbers = [int(number) for name in work.trainable for number in _LAYER.findall(name)]
     lowest = min(numbers, default=0)
     names = tuple(sorted(_LAYER.sub("*", name) for name in work.trainable))
-    label = "" if work.what == occasion.segment.label else work.what
+    label = "" if work.what == instance.segment.label else work.what
     return (names, len(work.dropped), label), lowest - sum(layer < lowest for layer in work.dropped)
 
 

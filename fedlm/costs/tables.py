@@ -32,7 +32,7 @@ def frames(
 
 
 def frame(cases: Sequence[Case], costs: Sequence[Costs]) -> pandas.DataFrame:
-    """Return one row a case: what was stated, and its costs in bytes and FLOPs."""
+    """Return one row per case: its settings, and its costs in bytes and FLOPs."""
     rows = []
     for case, found in zip(cases, costs, strict=True):
         training, turns = case.training, max(1, found.turns)
@@ -73,7 +73,7 @@ def frame(cases: Sequence[Case], costs: Sequence[Costs]) -> pandas.DataFrame:
 
 
 def block_frame(cases: Sequence[Case], costs: Sequence[Costs]) -> pandas.DataFrame:
-    """Return one row a case and block that some turn trains; methods without blocks have the block "all"."""
+    """Return one row per case and trained block; methods without blocks have the block "all"."""
     return pandas.DataFrame(
         {
             "task": case.task,
@@ -92,7 +92,7 @@ def block_frame(cases: Sequence[Case], costs: Sequence[Costs]) -> pandas.DataFra
 
 
 def display_name(row: pandas.Series) -> str:
-    """Return what a table calls the model, and the task where a study has several."""
+    """Return the model's name in tables, with the task where a study has several."""
     entry = CATALOGUE.get(row["model"])
     model = entry.title.split(",")[0] if entry else Path(row["model"]).name
     return f"{row['task']}, {model}" if row["task"] else model
@@ -106,7 +106,7 @@ def _cells(rows: pandas.DataFrame, columns: dict[str, Callable[[pandas.Series], 
 
 
 def _least(rows: pandas.DataFrame, columns: dict[str, str], cells: pandas.DataFrame) -> numpy.ndarray:
-    """Mark the least of each model, where they differ."""
+    """Mark the smallest value of each model, where values differ."""
     best = numpy.zeros(cells.shape, dtype=bool)
     for heading, column in columns.items():
         groups = rows.groupby(["task", "model"], sort=False)[column]
@@ -116,7 +116,7 @@ def _least(rows: pandas.DataFrame, columns: dict[str, str], cells: pandas.DataFr
 
 
 def _shape_note(rows: pandas.DataFrame) -> str:
-    def told(column: str) -> str:
+    def listed(column: str) -> str:
         return ", ".join(map(str, rows[column].unique()))
 
     def models(some: pandas.DataFrame) -> str:
@@ -126,22 +126,22 @@ def _shape_note(rows: pandas.DataFrame) -> str:
         f"{batch} x {length} tokens ({models(some)})"
         for (batch, length), some in rows.groupby(["batch_size", "length"], sort=False)
     )
-    levers = []
+    extras = []
     if rows["gradient_checkpointing"].any():
-        levers.append("gradient checkpointing")
+        extras.append("gradient checkpointing")
     if (rows["accumulation"] > 1).any():
-        levers.append(f"gradients accumulated over {told('accumulation')} passes")
-    extra = f" With {' and '.join(levers)}." if levers else ""
+        extras.append(f"gradients accumulated over {listed('accumulation')} passes")
+    extra = f" With {' and '.join(extras)}." if extras else ""
     return (
-        f"Batch: {shapes}. {told('steps')} optimizer steps a turn, {told('optimizer')}, weights in "
-        f"{told('weights')}, payloads in {told('payload')}; {told('clients')} clients, "
-        f"{told('rounds')} rounds.{extra}"
+        f"Batch: {shapes}. {listed('steps')} optimizer steps per turn, {listed('optimizer')}, weights in "
+        f"{listed('weights')}, payloads in {listed('payload')}; {listed('clients')} clients, "
+        f"{listed('rounds')} rounds.{extra}"
     )
 
 
 NOTE = (
-    "Foretold by the method's own turns on tensors without values. GiB is 2**30 bytes, MB is 1e6 bytes, "
-    "TFLOP is 1e12 operations."
+    "Predicted by running the method's own turns on tensors without values. GiB is 2**30 bytes, MB is "
+    "1e6 bytes, TFLOP is 1e12 operations."
 )
 
 
@@ -187,7 +187,7 @@ def costs_table(rows: pandas.DataFrame) -> Table:
     }
     notes = [
         "Peak memory is that of the most expensive block, split by kind; the least block is the cheapest. "
-        f"Bold: least of a model. {NOTE}",
+        f"Bold: smallest value of each model. {NOTE}",
         _shape_note(rows),
     ]
     return Table("costs", "What a client's turn costs", rows, cells, _least(rows, marked, cells), 1, notes)
@@ -207,7 +207,7 @@ def fits_table(rows: pandas.DataFrame) -> Table:
 
     cells = _cells(fits, {f"{size} GB": partial(text, size=size) for size in DEVICES})
     notes = [
-        "Peak of live tensors in a client's turn against 1e9 bytes a GB; a GPU's context, its allocator's "
+        "Peak of live tensors in a client's turn, with 1 GB = 1e9 bytes; a GPU's context, its allocator's "
         "rounding and workspaces come on top. Some blocks: a turn fits if it trains one of the later blocks.",
         _shape_note(rows),
     ]
@@ -215,7 +215,7 @@ def fits_table(rows: pandas.DataFrame) -> Table:
 
 
 def traffic_table(rows: pandas.DataFrame) -> Table:
-    """How long the traffic of a turn takes on lines of several rates."""
+    """How long the traffic of a turn takes at several line rates."""
     columns = ["task", "model", "method", "title", "turn_download_bytes", "turn_upload_bytes"]
     traffic = rows[[*columns, "broadcast_bytes"]].copy()
     both = traffic["turn_download_bytes"] + traffic["turn_upload_bytes"]
@@ -234,7 +234,7 @@ def traffic_table(rows: pandas.DataFrame) -> Table:
         },
     )
     notes = [
-        "Download and upload of one turn one after another at the line's full rate; without the first "
+        "Download and upload of one turn, one after the other, at the line's full rate; without the first "
         "broadcast of the pretrained model.",
         _shape_note(rows),
     ]
@@ -255,7 +255,7 @@ def block_table(rows: pandas.DataFrame, blocks: pandas.DataFrame) -> Table:
         },
     )
     notes = [
-        "All in GiB (2**30 bytes). Between: interpolated between blocks that were measured.",
+        "All in GiB (2**30 bytes). Between: interpolated between measured blocks.",
         _shape_note(rows),
     ]
     caption = "Memory of a client's turn by the block that it trains"
@@ -267,7 +267,7 @@ def _nothing(cells: pandas.DataFrame) -> numpy.ndarray:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration with its best unit: 12 s, 3.4 min, 2.1 h, 1.3 days."""
+    """Write a duration in a suitable unit: 12 s, 3.4 min, 2.1 h, 1.3 days."""
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{significant(seconds / unit, 2)} {name}"
@@ -285,5 +285,5 @@ def terminal(rows: pandas.DataFrame) -> str:
     body = tabulate(
         cells, list(cells.columns), "simple", colalign=align, showindex=False, disable_numparse=True
     )
-    notes = [note.replace(" Bold: least of a model.", "") for note in shown.notes]
+    notes = [note.replace(" Bold: smallest value of each model.", "") for note in shown.notes]
     return "\n".join([body, "", *(textwrap.fill(note, WIDTH) for note in notes)])

@@ -1,6 +1,6 @@
 """Drawing a partition: training examples are divided among clients.
 
-A partition is a list of index arrays, one a client. It is drawn from the stream (seed, "partition"), so it
+A partition is a list of index arrays, one per client. It is drawn from the stream (seed, "partition"), so it
 depends on the scheme, the number of clients, the data and the seed, and never on the method: all methods are
 compared on the same clients. Every training example goes to exactly one client.
 
@@ -56,8 +56,8 @@ def draw(
     seed: int,
     indices: numpy.ndarray,
 ) -> tuple[list[numpy.ndarray], int]:
-    """Return what `divide` returns, and how many examples moved to clients that had too few."""
-    # Sorted, so that the draw depends on the set of examples and not on the order they are handed over in.
+    """Return the result of `divide`, and how many examples were moved to clients that had too few."""
+    # Sorted, so that the draw depends on the set of examples and not on their order.
     indices = numpy.sort(numpy.asarray(indices, dtype=numpy.int64))
     if config.scheme == "pooled":
         if not len(indices):
@@ -73,7 +73,7 @@ def draw(
         num_groups = len(names)
     check(config, clients, len(indices), len(kinds), num_groups)
 
-    # Each scheme answers with positions in `indices`, in random order within a client.
+    # Each scheme returns positions in `indices`, in random order within a client.
     match config.scheme:
         case "iid":
             parts = numpy.array_split(stream.permutation(len(indices)), clients)
@@ -98,13 +98,13 @@ def _dirichlet(alphas: numpy.ndarray, stream: numpy.random.Generator) -> numpy.n
 
 
 def _cut(positions: numpy.ndarray, shares: numpy.ndarray) -> list[numpy.ndarray]:
-    """Cut an array into pieces of these shares; the rounding errors do not add up."""
+    """Cut an array into pieces of these shares; rounding errors do not accumulate."""
     ends = numpy.rint(numpy.cumsum(shares)[:-1] * len(positions)).astype(numpy.int64)
     return numpy.split(positions, numpy.clip(ends, 0, len(positions)))
 
 
 def _join(pieces: list[list[numpy.ndarray]], stream: numpy.random.Generator) -> list[numpy.ndarray]:
-    """Join each client's pieces in random order, so that what moves away from it later is a random draw."""
+    """Join each client's pieces in random order, so that examples moved from it later are a random draw."""
     empty = numpy.empty(0, dtype=numpy.int64)
     return [stream.permutation(numpy.concatenate([empty, *some])) for some in pieces]
 
@@ -194,7 +194,7 @@ def _natural(group: numpy.ndarray, clients: int, stream: numpy.random.Generator)
 
 
 def _fill_up(parts: list[numpy.ndarray], min_examples: int) -> tuple[list[numpy.ndarray], int]:
-    """Move single examples from the largest client (the first of equals) to those that have too few."""
+    """Move single examples from the largest client (the first of several) to those that have too few."""
     held = [list(part) for part in parts]
     moved = 0
     largest = [(-len(part), client) for client, part in enumerate(held)]

@@ -1,6 +1,6 @@
-"""The metrics as modules of Hugging Face's library `evaluate`, for code outside that works with those.
+"""The metrics as modules of Hugging Face's library `evaluate`, for external code that uses those.
 
-They compute by the functions that a run uses. None is loaded from a hub. Nothing here imports this
+They use the same functions as a run. None is loaded from a hub. Nothing here imports this
 module, since importing `evaluate` takes seconds.
 """
 
@@ -21,7 +21,7 @@ _FEATURES = {
 
 
 class Metric(evaluate.Metric):
-    """One of our metrics. It has no cache file, so that many processes can compute at once."""
+    """One of our metrics. It has no cache file, so that several processes can compute at once."""
 
     def __init__(self, kind: str, name: str) -> None:
         self._metric, self._key = METRICS[kind][name], name

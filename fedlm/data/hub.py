@@ -18,14 +18,14 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "cs
 
 
 class HubTask(Task):
-    """Base class of the tasks whose data lie on the hub.
+    """Base class of the tasks whose data are on the hub.
 
     Attributes:
         subset: the hub's name for a part of the data set (its "config"), None if it has no parts.
         splits: which of the hub's splits become which of ours, {"train": "train", "test": "validation"};
             a validation or test split that is missing here is drawn from the training split.
         columns: which of the hub's columns become which of ours, {"text": "sentence", "label": "label"}.
-        label_names: the classes in the order of the hub's numbers; where it is empty the data say them.
+        label_names: the classes in the order of the hub's numbers; if empty, they are read from the data.
     """
 
     subset: str | None = None

@@ -1,4 +1,4 @@
-"""The metrics: what a number is, by the kind of task and the metric's name.
+"""The metrics, by the kind of task and the metric's name.
 
 All scores are shares or correlations, from 0 to 1 or -1 to 1, except perplexity. SQuAD's official script
 and most papers print them times 100. `fedlm.data.evaluate_metrics` has each as a class of Hugging Face's
@@ -21,10 +21,10 @@ class Metric:
     """A metric.
 
     Attributes:
-        description: one sentence, what the number is.
-        value: gives it, of predictions and references, one each an example.
+        description: one sentence on what the number is.
+        value: computes it from predictions and references, one of each per example.
         predictions: what one prediction is.
-        references: what one reference is; `texts` are the right answers, none where there is no answer.
+        references: what one reference is; `texts` are the correct answers, none where there is no answer.
         greater_is_better: whether a greater value is a better one.
     """
 
@@ -35,7 +35,7 @@ class Metric:
     greater_is_better: bool = True
 
 
-# scikit-learn and scipy are imported where they are used: most of what asks here asks for names only.
+# scikit-learn and scipy are imported where they are used: most callers need only the names.
 
 
 def _accuracy(predictions: Sequence, references: Sequence) -> float:
@@ -77,14 +77,14 @@ def _spearman(predictions: Sequence, references: Sequence) -> float:
 def _correlation(function: Callable[..., Any], predictions: Sequence, references: Sequence) -> float:
     import numpy
 
-    # A model that says the same number for all has no correlation: 0, not "not a number".
+    # A model that predicts the same number for all examples has no correlation: 0, not "not a number".
     if len(predictions) < 2 or numpy.ptp(predictions) == 0 or numpy.ptp(references) == 0:
         return 0.0
     return numpy.nan_to_num(function(predictions, references).statistic)
 
 
 def _perplexity(predictions: Sequence, references: Sequence) -> float:
-    # A diverged model has a loss beyond the range of exp; a large finite number says so as well.
+    # A diverged model has a loss beyond the range of exp; a large finite number shows that as well.
     return math.exp(min(math.fsum(predictions) / sum(references), 700.0))
 
 
@@ -124,9 +124,11 @@ def normalise(answer: str) -> str:
 
 METRICS: dict[str, dict[str, Metric]] = {
     "classification": {
-        "accuracy": Metric("Share of examples whose predicted class is right.", _accuracy, "class", "class"),
+        "accuracy": Metric(
+            "Share of examples whose predicted class is correct.", _accuracy, "class", "class"
+        ),
         "macro_f1": Metric(
-            "F1 of each class that occurs in predictions or references, unweighted mean.",
+            "Unweighted mean of the F1 of each class that occurs in predictions or references.",
             _macro_f1,
             "class",
             "class",
@@ -166,13 +168,13 @@ METRICS: dict[str, dict[str, Metric]] = {
     },
     "question_answering": {
         "f1": Metric(
-            "SQuAD's F1: of the words shared with the best of the right answers, mean over examples.",
+            "SQuAD's F1 of the words shared with the closest correct answer, averaged over examples.",
             _best_of_answers(_shared_words),
             "text",
             "texts",
         ),
         "exact_match": Metric(
-            "SQuAD's EM: share of answers equal to a right one after `normalise`.",
+            "SQuAD's EM: share of answers equal to a correct one after `normalise`.",
             _best_of_answers(_same_answer),
             "text",
             "texts",
@@ -192,5 +194,5 @@ def greater_is_better(kind: str, name: str) -> bool:
 
 
 def compute(kind: str, name: str, predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Return a metric's value; its `Metric` says what `predictions` and `references` hold."""
+    """Return a metric's value; its `Metric` describes `predictions` and `references`."""
     return float(METRICS[kind][name].value(predictions, references))

@@ -1,6 +1,6 @@
 """Partition files: who holds which training examples, and how much the clients differ.
 
-The skew that came out is measured and recorded, because the same alpha means different things with different
+The resulting skew is measured and recorded, because the same alpha means different things with different
 schemes, numbers of clients and numbers of labels.
 """
 
@@ -36,13 +36,15 @@ def skew(
 
     Returns:
         label_divergence: Jensen-Shannon divergence in bits between a client's label distribution and that of
-            all clients together, averaged over clients with their number of examples as weight; 0 (all alike)
-            to 1.
+            all clients together, averaged over clients with their number of examples as weight; 0 (all
+            equal) to 1.
         size_gini: Gini coefficient of the clients' numbers of examples; 0 (equal) to (clients-1)/clients.
         smallest_client, median_client, largest_client: numbers of examples.
         labels_per_client: mean number of different labels that a client holds.
     """
-    from scipy.special import rel_entr  # Here, since every job reads partitions and few measure one.
+    from scipy.special import (
+        rel_entr,
+    )  # Imported here, since every job reads partitions but few measure them.
 
     labels = numpy.asarray(labels)
     if num_labels is None:
@@ -69,14 +71,14 @@ def skew(
 
 
 class PartitionFile(Settings):
-    """A drawn partition with what was asked and what came out, as it lies in the results folder."""
+    """A drawn partition with its settings and its skew, as stored in the results folder."""
 
     partition_file: Literal[1] = 1  # version of this layout
     task: str = Field(description="label of the task in the study")
     partition: str = Field(description="label of the partition in the study")
     config: PartitionConfig
     seed: int
-    clients: int = Field(description="number of clients that came out")
+    clients: int = Field(description="resulting number of clients")
     examples: int
     moved: int = Field(description="examples moved to clients that had fewer than min_examples")
     skew: dict[str, float] = Field(description="by label; by population where the task has no labels")
@@ -135,7 +137,7 @@ class PartitionFile(Settings):
         )
 
     def content(self) -> tuple[list[str], list[list[int]]]:
-        """Return by what clients differ, labels or else populations: names, and counts of each client."""
+        """Return what clients differ in, labels or else populations: names, and counts for each client."""
         if len(self.label_names) < 2 and self.group_names:
             return self.group_names, self.group_counts
         return self.label_names, self.label_counts
@@ -146,22 +148,22 @@ class PartitionFile(Settings):
         return [numpy.array(part, dtype=numpy.int64) for part in self.indices]
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of the partition less its labels and the code that drew it."""
+        """Return the SHA-256 of the partition without its labels and the code that drew it."""
         named = {"task", "partition", "code_sha256"}
         return sha256(json.dumps(self.model_dump(mode="json", exclude=named), sort_keys=True).encode())
 
     def write(self, path: Path) -> None:
-        """Write the partition as JSON, one line a key; the same partition gives the same bytes."""
+        """Write the partition as JSON, one line per key; the same partition gives the same bytes."""
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.model_dump().items()]
         write_atomically(Path(path), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> "PartitionFile":
-        """Read a partition; raise UserError where the file is damaged or of another version."""
+        """Read a partition; raise UserError if the file is damaged or of another version."""
         try:
             partition = cls.model_validate_json(Path(path).read_bytes())
         except FileNotFoundError:
-            raise UserError(f"{path}: there is no such partition file") from None
+            raise UserError(f"{path}: no such partition file") from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"

@@ -1,7 +1,8 @@
 """The pool: which rows of a large corpus are tokenised, where a study asks for few of them.
 
 A seed draws its examples from the pool, so the pool must be the same for all seeds and much larger than what
-one of them draws. It is cut only where it pays: where a split has a cap and more rows than `SMALLEST`.
+one of them draws. It is cut only where that saves time: where a split has a cap and more rows than
+`SMALLEST`.
 """
 
 import numpy
@@ -11,17 +12,18 @@ from fedlm.base.randomness import numpy_stream
 from fedlm.data.prepared import deciles, draw, drawn_count
 from fedlm.data.task import Corpus, Task
 
-TIMES = 20  # rows of the pool for each example that a seed draws up to a cap
+TIMES = 20  # rows in the pool for each example that a seed draws, up to the cap
 SMALLEST = 10_000  # rows that are tokenised in a second: never cut below
 
 
 def cut(corpus: Corpus, task: Task) -> Corpus:
-    """Return the corpus with no more rows than its pool, in their order; a small one as it is.
+    """Return the corpus cut to its pool, in the original order; a small one is returned as it is.
 
-    Each split of the data is cut by itself, and only if it has a cap. What a cap allows is there `TIMES`
-    times; a validation or test split that is a share of the training rows without a cap is there once
-    (`training_rows` keeps what it is a share of). Rows left out are counted in `dropped`. Which rows stay
-    depends on the data alone: each label, and each group in it, keeps its share.
+    Each split of the data is cut by itself, and only if it has a cap. The pool has `TIMES`
+    times the rows that a cap allows; a validation or test split that is a share of the training rows and has
+    no cap is there once (`training_rows` keeps the number it is a share of). Rows left out are counted in
+    `dropped`. Which rows stay depends on the data alone: each label, and each group within it, keeps its
+    share.
     """
     rows, config = corpus.rows, task.config
     caps = {name: getattr(config, f"{name}_examples") for name in ("train", "validation", "test")}

@@ -24,7 +24,7 @@ from fedlm.base.randomness import numpy_stream
 FORMAT = 1
 SPLITS = ["", "train", "validation", "test"]  # "" is assigned by the seed
 REGRESSION_BINS = 10
-IGNORED = -100  # The label of a token that is no target, as Transformers' models know it.
+IGNORED = -100  # The label of a token that is not a target, as Transformers' models expect it.
 
 
 class Split(NamedTuple):
@@ -42,14 +42,14 @@ class Split(NamedTuple):
 def room(prompt: int, target: int, length: int) -> tuple[int, int]:
     """Return how many tokens of the prompt's end and of the target's beginning fit into `length`.
 
-    The prompt may push the target down to half of the length; then it is cut itself.
+    The prompt may reduce the target to half of the length; beyond that the prompt is cut.
     """
     after = min(target, max(length - prompt, length // 2))
     return min(prompt, length - after), after
 
 
 def drawn_count(share: float, cap: int | None, available: int) -> int:
-    """Return how many of `available` training examples become a split that has no rows of its own."""
+    """Return how many of `available` training examples go to a split that has no official rows."""
     count = round(share * available)
     return max(1, min(count, cap or count))
 
@@ -57,7 +57,7 @@ def drawn_count(share: float, cap: int | None, available: int) -> int:
 def draw(
     pool: numpy.ndarray, strata: numpy.ndarray, count: int, random: numpy.random.Generator
 ) -> numpy.ndarray:
-    """Return `count` of the pool's numbers, sorted, each stratum its share.
+    """Return `count` row numbers of the pool, sorted, with each stratum's share.
 
     They are evenly spaced in the pool, shuffled and sorted by stratum; `strata` (pool,) are integers.
     """
@@ -68,13 +68,13 @@ def draw(
 
 
 def deciles(values: numpy.ndarray) -> numpy.ndarray:
-    """Return the decile of each number, int64, which stands for a label where examples are divided."""
+    """Return the decile of each number, int64, which serves as its label when examples are divided."""
     edges = numpy.quantile(values, numpy.linspace(0, 1, REGRESSION_BINS + 1)[1:-1])
     return numpy.searchsorted(edges, values, side="right").astype(numpy.int64)
 
 
 def content_hash(columns: dict, description: dict) -> str:
-    """Return the SHA-256 of what the examples are and how they are split, whatever wrote the file."""
+    """Return the SHA-256 of the examples and their split, independent of how the file was written."""
     digest = hashlib.sha256()
     for name, column in sorted(columns.items()):
         if isinstance(column, numpy.ndarray):
@@ -91,7 +91,7 @@ def content_hash(columns: dict, description: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
-# Columns by what one value belongs to.
+# The columns, by what each value belongs to.
 _OF_TOKENS = {"tokens", "token_types", "character_start", "character_end"}
 _OF_WINDOWS = {"start_position", "end_position"}
 
@@ -102,7 +102,7 @@ class Prepared:
 
     Attributes:
         description: what `task.json` holds.
-        columns: one flat array a column; `window_offsets` (windows + 1,) cuts the columns of tokens into
+        columns: one flat array per column; `window_offsets` (windows + 1,) cuts the columns of tokens into
             windows, `example_offsets` (examples + 1,) the columns of windows into examples.
     """
 
@@ -150,7 +150,7 @@ class Prepared:
             whole = description.get("format") == FORMAT
             whole = whole and description["sha256"] == content_hash(columns, description)
         except (OSError, ValueError, KeyError, AttributeError, pyarrow.ArrowException) as error:
-            raise UserError(f"{folder}: no prepared data can be read here ({error}): prepare again") from None
+            raise UserError(f"{folder}: prepared data cannot be read here ({error}): prepare again") from None
         if not whole:
             raise UserError(f"{folder}: the prepared data are damaged or of another version: prepare again")
         return cls(description, columns)
@@ -159,7 +159,7 @@ class Prepared:
         return len(self.columns["example_offsets"]) - 1
 
     def __getattr__(self, name: str) -> Any:
-        # Only called for what is not found otherwise: kind, metric, sha256, max_length ...
+        # Only called for attributes not found otherwise: kind, metric, sha256, max_length ...
         try:
             return self.__dict__["description"][name]
         except KeyError:
@@ -198,9 +198,9 @@ class Prepared:
     def split(self, seed: int) -> Split:
         """Return the training, validation and test examples.
 
-        Official splits are kept. What is missing is drawn by the seed from the training examples, stratified
-        by label: a share of them, or the cap if that is less. Larger splits are cut to their caps likewise.
-        All methods and partitions of a seed have the same split.
+        Official splits are kept. A missing split is drawn from the training examples using the seed,
+        stratified by label: a share of them, or the cap if that is less. Splits above their cap are cut in
+        the same way. All methods and partitions of a seed have the same splits.
 
         Raises:
             UserError: there are too few examples for three parts.
@@ -208,7 +208,7 @@ class Prepared:
         random = numpy_stream(seed, "split")
         split = self.columns["split"]
         parts = {"train": numpy.flatnonzero(split <= 1), "validation": split == 2, "test": split == 3}
-        # Shares are of all training rows that there were, also where few of them were tokenised.
+        # Shares refer to all original training rows, even where few of them were tokenised.
         available = self.description.get("training_rows", len(parts["train"]))
         for name in ("test", "validation"):
             parts[name] = numpy.flatnonzero(parts[name])
@@ -224,7 +224,7 @@ class Prepared:
         return Split(**parts)
 
     def _draw(self, pool: numpy.ndarray, count: int, random: numpy.random.Generator) -> numpy.ndarray:
-        """Draw examples, each label its share: evenly spaced in the pool, shuffled and sorted by label."""
+        """Draw examples, with each label's share: evenly spaced in the pool, shuffled and sorted by label."""
         return draw(pool, self.labels[pool], count, random)
 
     def batch_length(self, indices: numpy.ndarray) -> int:
@@ -237,7 +237,7 @@ class Prepared:
         Returns:
             int64 tensors of shape (windows, length): `input_ids`, `attention_mask`, with two kinds of tokens
             `token_type_ids`; and `labels`: (windows,) class or float32 number, (windows, length) for causal,
-            where what is no target is -100; or `start_positions` and `end_positions` (windows,).
+            with -100 where a token is not a target; or `start_positions` and `end_positions` (windows,).
         """
         import torch
 
@@ -266,7 +266,7 @@ class Prepared:
     def characters(self, indices: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Return where each token of a question answering batch starts and ends in its document.
 
-        Two arrays (windows, length) beside those of `batch`; -1 for tokens that are not of the document.
+        Two arrays (windows, length) that go with those of `batch`; -1 for tokens outside the document.
         """
         mask, source = self._layout(self._windows_of(numpy.asarray(indices)))
         starts, ends = self.columns["character_start"], self.columns["character_end"]
@@ -275,8 +275,8 @@ class Prepared:
     def cap_length(self, tokens: int) -> "Prepared":
         """Return the same examples cut to at most so many tokens, for a method whose own tokens need room.
 
-        Special tokens at the end stay. A causal example is cut as in preparing it. `sha256` stays that of the
-        uncut examples.
+        Special tokens at the end stay. A causal example is cut as when it was prepared. `sha256` stays that
+        of the uncut examples.
 
         Raises:
             UserError: windows for question answering, which would lose a part of the document.

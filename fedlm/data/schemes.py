@@ -15,7 +15,7 @@ class Pooled(Settings):
 
 
 class Divided(Settings):
-    """What all schemes with several clients share."""
+    """Settings of all schemes with several clients."""
 
     min_examples: PositiveInt = Field(default=1, description="examples that every client gets at least")
 
@@ -45,7 +45,7 @@ class Labels(Divided):
 
     Labels are assigned in turn, the one with the fewest owners first and ties at random, so that every label
     has an owner and numbers of owners differ by at most one; the owners share a label's examples evenly
-    (the division `#C = k` of Li et al. 2022, arXiv:2102.02079, made balanced). Examples that move to a client
+    (the division `#C = k` of Li et al. 2022, arXiv:2102.02079, balanced). Examples that move to a client
     with fewer than `min_examples` may add a label to it.
     """
 
@@ -78,7 +78,7 @@ PartitionConfig = Annotated[
 
 
 def parse(settings: dict) -> Pooled | Iid | Dirichlet | Labels | Quantity | Natural:
-    """Return the checked settings of a partition; raise pydantic's ValidationError where they are wrong."""
+    """Return the validated settings of a partition; raise pydantic's ValidationError if they are wrong."""
     return TypeAdapter(PartitionConfig).validate_python(settings)
 
 
@@ -89,10 +89,10 @@ def check(
     num_labels: int | None = None,
     num_groups: int | None = None,
 ) -> None:
-    """Raise UserError where the scheme cannot be drawn; a number that is not known yet is None.
+    """Raise UserError if the scheme cannot be drawn; a number that is not known yet is None.
 
-    `examples`, `num_labels` and `num_groups` are those of the training split. A number of groups of 0 says
-    that the task has no natural populations.
+    `examples`, `num_labels` and `num_groups` are those of the training split. 0 groups means that
+    the task has no natural populations.
     """
     if config.scheme == "pooled":
         return
@@ -108,15 +108,15 @@ def check(
         if config.labels_per_client > num_labels:
             raise UserError(
                 f"labels_per_client: {config.labels_per_client}, but the training examples have {num_labels} "
-                f"labels; allowed is 1 to {num_labels}"
+                f"labels; allowed: 1 to {num_labels}"
             )
         if config.labels_per_client * clients < num_labels:
             raise UserError(
                 f"labels_per_client: {clients} clients with {config.labels_per_client} labels each cannot "
-                f"hold {num_labels} labels; at least {-(-num_labels // clients)} labels a client are needed"
+                f"hold {num_labels} labels; at least {-(-num_labels // clients)} labels per client are needed"
             )
     if config.scheme == "natural" and num_groups == 0:
         raise UserError(
-            "scheme: natural, but the task has no natural populations; allowed are pooled, iid, dirichlet, "
+            "scheme: natural, but the task has no natural populations; allowed: pooled, iid, dirichlet, "
             "labels and quantity"
         )

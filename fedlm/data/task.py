@@ -1,6 +1,6 @@
 """A task: data, how it becomes model input, label words and metrics. One file (or family) in `tasks/` each.
 
-To add one, write a subclass of `Task` into a file in `tasks/`; see docs/adding-a-task.md.
+To add one, write a subclass of `Task` in a file in `tasks/`; see docs/adding-a-task.md.
 """
 
 from collections.abc import Sequence
@@ -38,19 +38,19 @@ METRICS = {
 
 
 class Windows(Settings):
-    """What question answering lets a study set besides."""
+    """Additional settings of question answering."""
 
     doc_stride: int = Field(
         128, ge=0, description="tokens that neighbouring windows of a document share (Transformers' word)"
     )
     max_windows: int = Field(
-        32, ge=1, le=100_000, description="windows of one document; what lies behind them is not seen"
+        32, ge=1, le=100_000, description="windows of one document; text after them is ignored"
     )
     max_answer_tokens: int = Field(30, ge=1, le=100_000, description="longest answer that is predicted")
 
 
 def check_windows(max_length: int, doc_stride: int) -> None:
-    """Raise ValueError if the settings leave no room for a document beside the longest question."""
+    """Raise ValueError if the settings leave no room for a document next to the longest question."""
     if max_length < 32 or doc_stride >= max_length // 2 - 8:
         raise ValueError(
             f"max_length {max_length} with doc_stride {doc_stride}; allowed: at least 32 with "
@@ -63,7 +63,7 @@ class Corpus:
     """The raw rows of a task.
 
     Attributes:
-        rows: one row an example, in a fixed order, with the columns of `COLUMNS` for the task's kind;
+        rows: one row per example, in a fixed order, with the columns of `COLUMNS` for the task's kind;
             `label` is a class index (classification) or a float (regression); `answers` and `answer_start`
             are lists of equal length (texts, and character positions in `context`), empty where there is
             no answer. Optional: `split` ("train", "validation", "test" where the data come with official
@@ -72,7 +72,7 @@ class Corpus:
         group_names: the names of the natural client populations, empty where there are none.
         dropped: how many rows were dropped, by reason.
         training_rows: how many training rows there were before the pool was cut (see `fedlm.data.pool`),
-            None where all are here.
+            None if it was not.
     """
 
     rows: pandas.DataFrame
@@ -88,7 +88,7 @@ class Task:
     Attributes:
         name: the label by which a study names the task.
         title: for tables and figures.
-        reference: one line, where the data come from.
+        reference: one line on where the data come from.
         kind: what the model does with it.
         metrics: names of `fedlm.data.metrics`, the main one first; if empty, those of the kind.
         label_names: the words for the classes, where they are known without the data.
@@ -104,12 +104,14 @@ class Task:
     has_groups: bool = False
 
     class Config(Settings):
-        """What every task lets a study set."""
+        """The settings of every task."""
 
         max_length: int = Field(128, ge=8, le=1_000_000, description="longest model input, in tokens")
-        train_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
-        validation_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
-        test_examples: int | None = Field(None, ge=1, description="at most so many, drawn by the seed")
+        train_examples: int | None = Field(None, ge=1, description="at most so many, drawn using the seed")
+        validation_examples: int | None = Field(
+            None, ge=1, description="at most so many, drawn using the seed"
+        )
+        test_examples: int | None = Field(None, ge=1, description="at most so many, drawn using the seed")
         validation_share: float = Field(
             0.1, gt=0, lt=0.5, description="of the training rows, if none is official"
         )
@@ -122,14 +124,14 @@ class Task:
         self.metrics = self.metrics or METRICS[self.kind]
 
     def check(self) -> None:
-        """Raise UserError if the data cannot be had. Cheap: no model, no download, no tokenisation."""
+        """Raise UserError if the data are not available. Cheap: no model, no download, no tokenisation."""
 
     def files(self) -> list[Path]:
-        """Return the files whose change makes the task a different one; none if its data are fixed."""
+        """Return the files that the task's data come from, if they can change; none if its data are fixed."""
         return []
 
     def count_labels(self) -> int | None:
-        """Return how many labels there are to divide examples by, None where only the data say. Cheap."""
+        """Return how many labels examples can be divided by, None if only the data show it. Cheap."""
         if self.kind == "classification":
             return len(self.label_names) or None
         return None if self.kind == "regression" else 1
@@ -139,11 +141,11 @@ class Task:
         raise NotImplementedError
 
     def load(self) -> Corpus:
-        """Return the raw rows less those that are `unusable`, columns checked."""
+        """Return the raw rows without those that are `unusable`, after checking the columns."""
         corpus = self.rows()
         missing = [column for column in COLUMNS[self.kind] if column not in corpus.rows]
         if missing:
-            raise TypeError(f"task {self.name} gives no column {missing[0]!r}, which {self.kind} needs")
+            raise TypeError(f"task {self.name} has no column {missing[0]!r}, which {self.kind} needs")
         if "split" not in corpus.rows:
             corpus.rows["split"] = ""
         repeated, empty = unusable(corpus.rows, self.kind)
@@ -161,13 +163,13 @@ def unusable(rows: pandas.DataFrame, kind: Kind) -> tuple[pandas.Series, pandas.
     """Return which rows repeat the model input of another row (whatever their label), and which have none.
 
     Official test and validation rows are never among them, as published numbers count them all; training
-    rows that repeat one of them are, so that no test text is trained upon. Otherwise the first of equals
-    stays.
+    rows that repeat one of them are, so that no test text is trained on. Otherwise the first of several equal
+    rows stays.
     """
     inputs = rows[[column for column in INPUTS[kind] if column in rows]]
     official = rows["split"].isin(["test", "validation"])
     if official.any():
-        # Sorted so that the rows that stay come first; a stable sort keeps the order among equals.
+        # Sorted so that the rows to keep come first; a stable sort keeps the order among equals.
         order = rows["split"].map({"test": 0, "validation": 1}).fillna(2).sort_values(kind="stable").index
         repeated = inputs.loc[order].duplicated().reindex(rows.index)
     else:

@@ -29,13 +29,13 @@ def prepare(task: Task, model: ModelConfig, destination: Path) -> "Prepared":
     Args:
         task: the task.
         model: the ModelConfig whose tokenizer is used, and whose positions bound the length.
-        destination: a folder, made if absent.
+        destination: a folder, created if absent.
 
     Raises:
         UserError: the data are bad, or `max_length` exceeds the model's positions.
     """
     task.check()
-    # The rows come first: where there are a million, most of them are let go before PyTorch takes its memory.
+    # The rows come first: of a million, most are freed before PyTorch is loaded and takes its memory.
     corpus = cut(task.load(), task)
     pyarrow.default_memory_pool().release_unused()
     from fedlm.models import loading
@@ -49,8 +49,8 @@ def prepare(task: Task, model: ModelConfig, destination: Path) -> "Prepared":
     tokenizer = loading.load_tokenizer(model)
     if task.kind == "question_answering" and not tokenizer.is_fast:
         raise UserError(
-            f"task {task.name}: the tokenizer of model {model.source} does not say where in the text its "
-            "tokens are; allowed: a model with a fast tokenizer (tokenizer.json)"
+            f"task {task.name}: the tokenizer of model {model.source} does not give the positions of its "
+            "tokens in the text; allowed: a model with a fast tokenizer (tokenizer.json)"
         )
     prepared = tokenise(task, corpus, tokenizer)
     prepared.split(seed=0)  # Raises if there are too few examples.
@@ -78,7 +78,7 @@ def tokenise(task: Task, corpus: Corpus, tokenizer: Any) -> "Prepared":
     for offsets, counts in {"window_offsets": "tokens_each", "example_offsets": "windows_each"}.items():
         columns[offsets] = numpy.concatenate([[0], numpy.cumsum(columns.pop(counts), dtype=numpy.int64)])
     if "token_types" in columns and not columns["token_types"].any():
-        del columns["token_types"]  # What a model takes them for when it is told nothing.
+        del columns["token_types"]  # What a model assumes when it is given none.
     columns["split"] = numpy.array([SPLITS.index(split) for split in rows["split"]], numpy.int8)
     if task.kind in ("classification", "regression"):
         columns["label"] = rows["label"].to_numpy(numpy.int64 if task.kind == "classification" else float)
@@ -119,12 +119,12 @@ def tokenise(task: Task, corpus: Corpus, tokenizer: Any) -> "Prepared":
 def _text_windows(
     rows: pandas.DataFrame, tokenizer: Any, config: Any, leading: list[int]
 ) -> dict[str, numpy.ndarray]:
-    """One window an example: the text, or the pair of texts, cut at the end of the longer one."""
+    """One window per example: the text, or the pair of texts, cut at the end of the longer one."""
     limit = CHARACTERS_PER_TOKEN * config.max_length
     columns = [column for column in ("text", "text_pair") if column in rows]
     texts = [[text[:limit] for text in rows[column]] for column in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=config.max_length)
-    # A decoder's tokenizer gives nothing for an empty text, and a model cannot read nothing.
+    # A decoder's tokenizer returns no token for an empty text, but a model needs at least one.
     found = _one_window_each([window or [_padding(tokenizer)] for window in encoded["input_ids"]])
     if "token_type_ids" in encoded:
         found["token_types"] = _flat(encoded["token_type_ids"], numpy.int8)
@@ -134,13 +134,13 @@ def _text_windows(
 def _causal_windows(
     rows: pandas.DataFrame, tokenizer: Any, config: Any, leading: list[int]
 ) -> dict[str, numpy.ndarray]:
-    """One window an example: leading special tokens, prompt, target, end of text. Only the target counts.
+    """One window per example: leading special tokens, prompt, target, end of text. Only the target counts.
 
-    Prompt and target are tokenised apart, as a model that answers a prompt sees them.
+    Prompt and target are tokenised separately, as a model that answers a prompt sees them.
     """
     limit = CHARACTERS_PER_TOKEN * config.max_length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # The end of a long prompt is what the answer depends on most; of a long target, the beginning.
+    # The answer depends most on the end of a long prompt; of a long target, the beginning counts most.
     prompts = tokenizer([text[-limit:] for text in rows["prompt"]], add_special_tokens=False)
     targets = tokenizer([text[:limit] for text in rows["target"]], add_special_tokens=False)
     windows, target_starts = [], []
@@ -158,9 +158,9 @@ def _answer_windows(
 ) -> dict[str, numpy.ndarray]:
     """Question and document in overlapping windows; where the answer is, in tokens of each window.
 
-    A window that does not hold the whole (first) answer points at position 0, as Transformers' own script
-    has it. `character_start` and `character_end` are positions in the document of each token, -1 for
-    tokens that are not of the document.
+    A window that does not hold the whole (first) answer points at position 0, as in Transformers' own
+    script. `character_start` and `character_end` are positions in the document of each token, -1 for
+    tokens outside the document.
     """
     limit = CHARACTERS_PER_TOKEN * config.max_length
     encoded = tokenizer(
@@ -204,7 +204,7 @@ def _cut(question: str, tokenizer: Any, tokens: int) -> str:
 
 
 def _span(characters: numpy.ndarray, start: int, end: int) -> tuple[int, int]:
-    """Return the first and last token that hold the characters start..end, or (0, 0) if not all are here."""
+    """Return the first and last token that hold the characters start..end, or (0, 0) if some are outside."""
     in_context = numpy.flatnonzero(characters[:, 0] >= 0)
     if not len(in_context) or characters[in_context[0], 0] > start or characters[in_context[-1], 1] < end:
         return 0, 0
@@ -224,7 +224,7 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _padding(tokenizer: Any) -> int:
-    """Return the token that fills up a batch; it is masked, so that any token would do."""
+    """Return the token that pads a batch; it is masked, so that any token would do."""
     found = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0]
     return next(token for token in found if token is not None)
 

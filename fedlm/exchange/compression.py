@@ -1,7 +1,7 @@
 """Reductions of what a client downloads: dropped layers, pruning, quantisation, stale blocks.
 
 An operator acts on blocks of which this client trains nothing in this turn: the free blocks. What the client
-trains, and what belongs to no block (head, embeddings, final norm), travels dense and exact.
+trains, and what belongs to no block (head, embeddings, final norm), is sent in full.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class LayerDrop(Settings):
-    """A random share of the layers does not travel, and the client's copy runs without them in this turn.
+    """A random share of the layers is not sent, and the client's copy runs without them in this turn.
 
-    Drawn anew in each turn from (seed, "layer_drop", round, client).
+    A new draw in each turn, from (seed, "layer_drop", round, client).
     """
 
     operator: Literal["layer_drop"]
@@ -42,7 +42,7 @@ class LayerDrop(Settings):
 
 
 class Prune(Settings):
-    """The weights of linear layers travel as a mask and the values that were kept (see `pruning`)."""
+    """The weights of linear layers are sent as a mask and the values that were kept (see `pruning`)."""
 
     operator: Literal["prune"]
     sparsity: float = Field(
@@ -55,18 +55,18 @@ class Prune(Settings):
 
 
 class Quantize(Settings):
-    """The weights of linear layers travel as one signed byte each and one scale per output channel."""
+    """The weights of linear layers are sent as one signed byte each and one scale per output channel."""
 
     operator: Literal["quantize"]
 
 
 class Stale(Settings):
-    """Of the blocks updated so far a random share is sent; the others stay as the client has them.
+    """A random share of the blocks updated so far is sent; the others stay as the client has them.
 
-    That is as they were pretrained, or, with cache: last_visit, as it last had them. Blocks never updated
-    cost nothing under any cache, since a client that is left with pretrained blocks must have them. Drawn
-    anew in each turn from (seed, "stale", round, client). FedCyBGD's own operator, which there may hit the
-    block that is to be trained.
+    The client has them as pretrained or, with cache: last_visit, as it last had them. Blocks never updated
+    cost nothing under any cache, since a client that falls back on pretrained blocks must have them. A new
+    draw in each turn, from (seed, "stale", round, client). FedCyBGD's own operator; in its authors' code it
+    can also hit the block that is to be trained.
     """
 
     operator: Literal["stale"]

@@ -1,13 +1,13 @@
 """Payloads: the named tensors that cross the network, as bytes.
 
-A payload is one safetensors file in memory. Its length is the traffic; nothing is multiplied out. A dense
-tensor is its own bytes: nothing is copied to send it. Tensors without values (meta) make a payload of the
-same length that cannot be written out, which is how costs are predicted. A tensor travels dense, or in one of
-the reduced forms below, each stored as parts whose names end in `#<part>`:
+A payload is one safetensors file in memory. Its length is the traffic; nothing is estimated. A dense tensor
+is sent without a copy. Tensors without values (meta) make a payload of the same length that cannot be
+written out; costs are predicted with these. A tensor is sent dense, or in one of the reduced forms below,
+each stored as parts whose names end in `#<part>`:
 
     dense       name                        the values, in the payload's precision
-    pruned      name#mask, name#values      one bit an element (packed), and the values that were kept
-    quantized   name#int8, name#scale       one byte an element, and one scale per output channel
+    pruned      name#mask, name#values      one bit per element (packed), and the values that were kept
+    quantized   name#int8, name#scale       one byte per element, and one scale per output channel
 """
 
 import hashlib
@@ -36,14 +36,14 @@ _ORDER = {kind: index for index, kind in enumerate(_CODES)}
 
 
 class PayloadError(Exception):
-    """A payload that cannot be what it claims: truncated, of a wrong shape, with an unknown name."""
+    """A payload that is not valid: truncated, of a wrong shape, with an unknown name."""
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A tensor of which only the elements under `mask` travel; the others are zero at the receiver.
+    """A tensor of which only the elements under `mask` are sent; the others are zero at the receiver.
 
-    A tensor without values has no mask, and `kept` says how many elements travel.
+    A tensor without values has no mask; `kept` is then the number of elements that are sent.
     """
 
     tensor: Tensor
@@ -58,7 +58,7 @@ class Pruned:
         return {f"{name}#mask": pack(self.mask), f"{name}#values": self.tensor[self.mask]}
 
     def count(self) -> int:
-        """Return the number of values that travel."""
+        """Return the number of values that are sent."""
         if self.mask is not None:
             return int(self.mask.sum())
         assert self.kept is not None, "a pruned tensor has a mask or a number of kept values"
@@ -67,7 +67,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix that travels as one signed byte an element and one scale per output channel.
+    """A matrix that is sent as one signed byte per element and one scale per output channel.
 
     `channels` is the dimension of the output channels: 0, or 1 where the transposed weight is stored.
     """
@@ -120,10 +120,10 @@ def _parts(tensors: Mapping[str, Sendable], precision: torch.dtype) -> dict[str,
 
 
 class Message:
-    """An encoded payload: a header and the stored parts, whose memory is its content.
+    """An encoded payload: a header and the stored parts, which share the tensors' memory.
 
-    `len(message)` is the traffic, `bytes(message)` the safetensors file. The empty payload is no message at
-    all, so no bytes.
+    `len(message)` is the traffic, `bytes(message)` the safetensors file. An empty payload is no message at
+    all and has 0 bytes.
     """
 
     def __init__(self, parts: dict[str, Tensor]) -> None:
@@ -153,7 +153,7 @@ class Message:
 
 
 def encode(tensors: Mapping[str, Sendable], precision: str = "float32") -> Message:
-    """Return the payload of these tensors, whose memory it shares where they travel as they are."""
+    """Return the payload of these tensors; it shares their memory where they are sent unchanged."""
     return Message(_parts(tensors, PRECISIONS[precision]))
 
 
@@ -204,12 +204,12 @@ def decode(message: Message | bytes, expected: Mapping[str, Tensor], own: bool =
     """Return the tensors of a payload, checked against what may be in it.
 
     `expected` holds, for each name that may occur, a tensor of the right shape and type; values come back in
-    that type, on the CPU. With `own` they have memory of their own; without, values that travelled as they
-    are share the sender's, and nobody may write into them.
+    that type, on the CPU. With `own` they have memory of their own; without, values that were sent
+    unchanged share the sender's, and must not be written to.
 
     Raises PayloadError, naming the tensor, on anything else: bytes that are not a payload, an unknown name, a
-    wrong shape, a missing part. No more memory is taken than the message's length and the expected shapes
-    account for.
+    wrong shape, a missing part. No more memory is allocated than the message's length and the expected
+    shapes account for.
     """
     if not message:
         return {}
@@ -248,14 +248,14 @@ def _pruned(name: str, packed: Tensor, values: Tensor | None, like: Tensor) -> T
         return torch.empty(like.shape, dtype=like.dtype, device="meta")
     mask = unpack(packed, like.shape)
     if values is None or values.shape != (int(mask.sum()),) or not values.is_floating_point():
-        raise PayloadError(f"{name}: as many values as the mask has ones are expected")
+        raise PayloadError(f"{name}: expected as many values as the mask has ones")
     return torch.zeros(like.shape, dtype=like.dtype).masked_scatter_(mask, values.to(like.dtype))
 
 
 def _quantized(name: str, steps: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
     if steps.dtype != torch.int8 or steps.shape != like.shape or steps.dim() != 2:
-        raise PayloadError(f"{name}: int8 of shape {tuple(like.shape)} is expected")
+        raise PayloadError(f"{name}: expected int8 of shape {tuple(like.shape)}")
     rows, columns = like.shape
     if scale is None or scale.shape not in ((rows, 1), (1, columns)) or scale.dtype != torch.float32:
-        raise PayloadError(f"{name}: {rows} scales by row or {columns} by column are expected")
+        raise PayloadError(f"{name}: expected {rows} scales by row or {columns} by column")
     return (steps.float() * scale).to(like.dtype)

@@ -1,8 +1,7 @@
 """Which weights of a linear layer are kept: by magnitude, by Wanda, or by Wanda refined by DSnoT.
 
 Masks are per output row, each row keeping the same number of weights. Wanda is arXiv:2306.11695, DSnoT
-arXiv:2310.08915. Weights are (out, in) here; the stored transpose of Transformers' Conv1D is the caller's
-matter.
+arXiv:2310.08915. Weights are (out, in) here; the caller transposes the weights of Transformers' Conv1D.
 """
 
 from collections.abc import Iterable
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 Criterion = Literal["magnitude", "wanda", "dsnot"]
-CYCLES = 50  # most swaps in a row, as published
-THRESHOLD = 0.1  # a row whose error is smaller is left as it is, as published
+CYCLES = 50  # maximum number of swaps per row, as published
+THRESHOLD = 0.1  # rows with a smaller error are not changed, as published
 
 
 @dataclass
 class Inputs:
-    """Sums over the calibration inputs of a linear layer: what Wanda and DSnoT need to know of them.
+    """Sums over the calibration inputs of a linear layer, as Wanda and DSnoT need them.
 
     `total` and `squares` are float64 (in,): the sums of each input feature and of its square over all tokens.
     """
@@ -31,7 +30,7 @@ class Inputs:
     examples: int = 0
 
     def add(self, rows: Tensor, examples: int) -> None:
-        """Count inputs (tokens, in) of so many examples."""
+        """Add inputs (tokens, in) of so many examples."""
         rows = rows.double()
         self.total += rows.sum(0)
         self.squares += rows.square().sum(0)
@@ -66,9 +65,9 @@ def linear_weights(model: nn.Module) -> dict[str, bool]:
 
 @torch.no_grad()
 def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Inputs]:
-    """Return, by the name of its weight, what each linear layer is given when the model reads the batches.
+    """Return the inputs of each linear layer, by the name of its weight, when the model reads the batches.
 
-    Padding does not count. A layer that several places share sees the inputs of all of them.
+    Padding does not count. A layer that is used in several places sees the inputs of all of them.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen: dict[str, Inputs] = {}
@@ -103,10 +102,10 @@ def kept_per_row(columns: int, sparsity: float) -> int:
 
 
 def choose(weight: Tensor, sparsity: float, criterion: Criterion, inputs: Inputs | None) -> Tensor:
-    """Return the mask of the weights that are kept, bool (out, in), equally many in each row.
+    """Return the mask of the weights that are kept, bool (out, in), with the same number in each row.
 
-    `inputs` are what the layer is given (see `observe`); None, as for a layer that the forward pass never
-    reaches, leaves only the magnitude to go by.
+    `inputs` are the layer's inputs (see `observe`); None, as for a layer that the forward pass never
+    reaches, means pruning by magnitude.
     """
     kept = kept_per_row(weight.shape[1], sparsity)
     if criterion == "magnitude" or inputs is None:
@@ -125,15 +124,15 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 
 def _refine(weight: Tensor, mask: Tensor, inputs: Inputs) -> Tensor:
-    """Return Wanda's mask after DSnoT's swaps of a kept weight for a pruned one, in each row by itself.
+    """Return Wanda's mask after DSnoT's swaps of a kept weight for a pruned one, in each row separately.
 
     The error of a row is what the pruned weights would add to its output: the expectation of their products
     with the inputs, summed over an example's tokens. While it is above the threshold, the pruned weight that
-    lowers it most for its input's variance grows back, and of the kept weights whose loss lowers it too, the
-    one with Wanda's smallest score goes.
+    lowers it most, relative to its input's variance, is restored, and of the kept weights whose removal
+    lowers it too, the one with the smallest Wanda score is pruned.
 
-    A row ends at the first swap that would not lower its expected squared error, taking inputs as
-    uncorrelated. This is not in the paper, whose swaps lower the mean error alone: on MiniLM they raised the
+    A row is done at the first swap that would not lower its expected squared error, assuming uncorrelated
+    inputs. This is not in the paper, whose swaps lower only the mean error: on MiniLM they raised the
     squared error of every third layer.
     """
     length = inputs.tokens / inputs.examples

@@ -1,4 +1,4 @@
-"""The federated trainer: what a method is, a client's turn, the link to clients, the loop over rounds.
+"""The federated trainer: the base class of methods, a client's turn, the link to clients, the rounds.
 
 For methods: `method`. For others: `loop`, `rounds`, `turn`, `state`, `settings`, `facts`, `checkpoint`,
 `reducible`.

@@ -1,4 +1,4 @@
-"""What a method may ask about a model before any job starts."""
+"""What a method can know about a model before any job starts."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +11,7 @@ ENCODERS = ("bert", "roberta", "distilbert", "deberta-v2", "electra")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a method may ask about a model: `positions` is None where there is no limit."""
+    """What a method can know about a model: `positions` is None if there is no limit."""
 
     family: str
     kind: Kind
@@ -27,7 +27,7 @@ def facts(model: ModelConfig, kind: Kind) -> Facts:
 
     A model of the catalogue is known by its dimensions; others need PyTorch and Transformers.
 
-    Raises UserError when the model cannot be found or its blocks cannot.
+    Raises UserError if the model or its blocks cannot be found.
     """
     entry = CATALOGUE.get(model.source)
     if entry is not None and kind in entry.kinds:
@@ -43,7 +43,7 @@ def facts(model: ModelConfig, kind: Kind) -> Facts:
 
 
 def read_facts(model: ModelConfig, kind: Kind) -> Facts:
-    """Return the facts of any model as its configuration and its structure have them; errors as `facts`."""
+    """Return the facts of any model, from its configuration and its structure; errors as in `facts`."""
     from fedlm.models.blocks import find_blocks
     from fedlm.models.loading import build_config, build_on_meta, max_positions
 

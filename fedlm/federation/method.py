@@ -1,6 +1,6 @@
 """A method of federated fine-tuning: what it trains, what crosses the network, how uploads are merged.
 
-A method is one class in its own file under `methods/`, found by looking into the folder. Every default here
+A method is one class in its own file under `methods/`, where it is found automatically. Every default here
 is FedAvg (McMahan et al. 2017, algorithm 1), so a method's file shows only what makes it different.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MethodConfig(Settings):
-    """Settings that every method has."""
+    """The settings of every method."""
 
     payload: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the values in a payload"
@@ -36,7 +36,7 @@ class MethodConfig(Settings):
     cache: Literal["none", "pretrained", "last_visit"] = Field(
         "none",
         description="what a client keeps between turns: nothing; the pretrained weights, so that a parameter "
-        "never changed costs nothing; what it last had, so that only what changed since then travels",
+        "never changed costs nothing; what it last had, so that only what changed since then is sent",
     )
     moments: Literal["reset", "client", "handed_on"] = Field(
         "reset", description="the optimizer's state: fresh in each turn, kept by the client, or sent along"
@@ -48,7 +48,8 @@ class Method:
 
     Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
     `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task;
-    `companions` names what travels beside a parameter, as `<parameter>@<companion>`, of its shape.
+    `companions` names tensors that are sent along with a parameter, as `<parameter>@<companion>`, in its
+    shape.
     """
 
     name = ""
@@ -68,10 +69,10 @@ class Method:
         self.seed = seed
 
     def check(self, facts: Facts) -> None:
-        """Raise UserError where the settings ask for what the model has not, before any job starts."""
+        """Raise UserError, before any job starts, if the settings do not fit the model."""
 
     def virtual_tokens(self) -> int:
-        """Return how many positions of the model the method takes for itself."""
+        """Return how many of the model's positions the method itself uses."""
         return 0
 
     def population(self, parts: list[numpy.ndarray]) -> list[numpy.ndarray]:
@@ -79,14 +80,14 @@ class Method:
         return parts
 
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
-        """Return the model with what the method adds to it; freeze what no client ever trains.
+        """Add the method's parts to the model and return it; freeze what no client ever trains.
 
-        The parameters that require a gradient afterwards are those that some client trains somewhere.
+        The parameters that require a gradient afterwards are those that some client trains in some turn.
         """
         return model
 
     def prepare(self, model: PreTrainedModel, kind: str) -> Module:
-        """Adapt the pretrained model and note its blocks and its exchanged parameters."""
+        """Adapt the pretrained model and record its blocks and its exchanged parameters."""
         from fedlm.base.randomness import derive, isolated
         from fedlm.models.blocks import find_blocks
 
@@ -109,7 +110,7 @@ class Method:
         return [Segment("all", self.trainable(client, round), steps)]
 
     def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
-        """Return what the client needs from the server: by default all that is trained somewhere."""
+        """Return what the client needs from the server: by default everything that any client trains."""
         return server.tensors
 
     def train(self, turn: Turn) -> None:
@@ -125,9 +126,10 @@ class Method:
         """Fold a cohort's uploads into the server's state.
 
         `uploads` is lazy: asking for the next one runs that client's turn, which starts from the server's
-        state, so the state must not change before the last upload came. The default is the mean weighted by
-        examples, tensor by tensor, over the clients that uploaded that tensor; it holds one running mean,
-        whatever the number of clients, and a mean over one client is that client's tensor, bit by bit.
+        state, so the state must not change before the last upload has arrived. The default is the mean
+        weighted by examples, tensor by tensor, over the clients that uploaded that tensor; it holds one
+        running mean, whatever the number of clients, and a mean over one client is that client's tensor, bit
+        for bit.
         """
         for name, (value, _) in weighted_mean(uploads).items():
             server.update(name, value)

@@ -34,7 +34,7 @@ class LocalOptimizer:
     """AdamW or SGD over named parameters, with a float32 copy of those that are stored in half precision.
 
     `received` holds the float32 values that the client downloaded: a half-precision parameter's float32 copy
-    starts from them and not from their rounding.
+    starts from them and not from their rounded values.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LocalOptimizer:
             )
 
     def make_state(self) -> None:
-        """Let the optimizer make its state, as a first step does; weight decay may change the parameters."""
+        """Create the optimizer's state, as a first step does; weight decay may change the parameters."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.step(1.0)
@@ -147,7 +147,7 @@ class LocalOptimizer:
 
 
 def state_of(names: Iterable[str], parameters: Mapping[str, Tensor], settings: Training) -> dict[str, Tensor]:
-    """Return tensors without values, named and shaped as `LocalOptimizer.moments` after a step."""
+    """Return tensors without values, with the names and shapes of `LocalOptimizer.moments` after a step."""
     kinds = ("exp_avg", "exp_avg_sq") if settings.optimizer == "adamw" else ("momentum_buffer",)
     if settings.optimizer == "sgd" and not settings.momentum:
         return {}

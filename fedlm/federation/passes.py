@@ -1,4 +1,4 @@
-"""Forward and backward passes of one batch: what is done with a batch, whether training or only looking."""
+"""Forward and backward passes over one batch, for training or for evaluation only."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ Term = Callable[[dict[str, Tensor]], Tensor]
 class Pass:
     """A pass over one batch; called, it returns the loss times its share, detached, in float32.
 
-    With `backward` the gradients are added to those that are there. `term` is added to the batch's loss
+    With `backward` the gradients are added to the existing ones. `term` is added to the batch's loss
     before it is weighted, so that over the passes of one optimizer step it counts once.
     """
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def check(method: Method, model: ModelConfig, kind: Kind) -> None:
     """Raise UserError if the method's compression finds nothing to reduce; no weights are read.
 
-    `method` is prepared with a model of shapes without values: take a fresh one.
+    `method` will be prepared with a model without values, so pass a fresh one.
     """
     if method.config.compression is None:
         return
-    # Most methods have none, and a check of a study should not cost the import of PyTorch.
+    # Most methods have none, and checking a study should not require importing PyTorch.
     import torch
 
     from fedlm.models.blocks import find_blocks
@@ -35,11 +35,11 @@ def check(method: Method, model: ModelConfig, kind: Kind) -> None:
 def require_reducible(method: Method, anatomy: Anatomy) -> None:
     """Raise UserError if the method's compression would never find anything to reduce.
 
-    `method` is prepared and has a compression; `anatomy` is that of the model as the method adapted it.
+    `method` must be prepared and have a compression; `anatomy` is that of the adapted model.
     """
     operator = method.config.compression
     exchanged = set(method.exchanged)
-    # Clients and rounds may differ in what is trained; the first of each show whether any leaves a block.
+    # Clients and rounds may differ in what is trained; the first few show whether any leaves a block.
     for round in (1, 2):
         for client in range(min(method.clients, 100)):
             for block in free_blocks(anatomy, method.trainable(client, round)):

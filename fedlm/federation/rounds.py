@@ -1,11 +1,11 @@
-"""One round: cohorts of clients, a turn each, and what the server makes of their uploads.
+"""One round: cohorts of clients, a turn for each client, and the merge of their uploads.
 
 The server, all clients and the network are simulated in one process with one resident model. Nothing but
 payloads passes between server and clients: before a client trains, the model is rebuilt from the pretrained
-weights, from what this client itself kept, and from what it decoded out of the message it was sent.
+weights, from what this client itself kept, and from what it decoded from the message it received.
 
-A real run and the prediction of its costs go through the same lines. In a prediction the model's tensors have
-no values (meta): copying and decoding them does nothing, and the turn records its work instead of doing it.
+A real run and the prediction of its costs execute the same code. In a prediction the model's tensors have no
+values (meta): copying and decoding them does nothing, and the turn records its work instead of doing it.
 """
 
 import math
@@ -40,7 +40,7 @@ class Rounds:
 
     `model` is as the method prepared it; `parts` holds each client's examples, `make_batch` makes a batch of
     them; `broadcast` is the size of the pretrained model in bytes. `observe` returns what the linear layers
-    are given on so many calibration examples, for compressions that ask for it.
+    are given on so many calibration examples, for compressions that need it.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Rounds:
         self.cuda_peak = 0
 
     def play(self, round: int) -> list[int]:
-        """Let the round's clients have their turns and the server merge them; return the clients."""
+        """Run the turns of the round's clients and merge their uploads; return the clients."""
         self.clock = dict.fromkeys(CLOCK, 0.0)
         self.losses, self.dropped = [], []
         clients = self.sample(round)
@@ -88,11 +88,11 @@ class Rounds:
         return sorted(stream.choice(len(self.parts), count, replace=False).tolist())
 
     def answers(self, client: int, round: int) -> bool:
-        """Return whether a sampled client will send its upload."""
+        """Return whether a sampled client sends its upload."""
         return numpy_stream(self.seed, "dropout", round, client).random() >= self.settings.dropout_rate
 
     def _merge(self, cohort: list[int], round: int) -> None:
-        """Let the method merge a cohort; what the turns inside took is not the merge's time."""
+        """Let the method merge a cohort; the time of the turns inside does not count as merging."""
         started, turns = time.perf_counter(), sum(self.clock.values())
         self.method.merge(self.server, self._uploads(cohort, round), round)
         self.link.merged(cohort)
@@ -156,7 +156,7 @@ class Rounds:
         )
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Write values into the resident model; what travels beside them (name@kind) is left out."""
+        """Write values into the resident model; companion tensors (name@kind) are left out."""
         with torch.no_grad():
             for name, value in values.items():
                 if "@" not in name:
@@ -188,7 +188,7 @@ def _require_finite(tensors: dict[str, Tensor]) -> None:
     for name, value in tensors.items():
         if value.is_meta or not value.numel() or not value.is_floating_point():
             continue
-        # One pass without a temporary; not a number and infinity survive a maximum.
+        # One pass without a temporary: NaN and infinity survive a maximum.
         if not math.isfinite(torch.linalg.vector_norm(value, math.inf)):
             raise TurnError(f"the update of {name} is not finite")
 

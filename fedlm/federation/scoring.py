@@ -12,7 +12,7 @@ from fedlm.data import metrics
 from fedlm.data.prepared import IGNORED, Prepared
 
 Batch = dict[str, torch.Tensor]
-# What is predicted (one list, or one for each metric), and what is right.
+# The predictions (one list, or one for each metric), and the references.
 Predicted = tuple[list | dict[str, list], list]
 
 LABELS = ("labels", "start_positions", "end_positions")
@@ -21,7 +21,7 @@ LABELS = ("labels", "start_positions", "end_positions")
 def losses(kind: str, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the losses, float32, whose mean over one batch is the loss that Transformers' models compute.
 
-    (For question answering theirs lets padding be chosen and so depends on its amount; here it cannot be.)
+    (For question answering theirs includes the padding and so depends on its amount; here it does not.)
     Classification: cross-entropy (examples,). Regression: squared error (examples,). Causal: negative
     log-likelihood (target tokens,). Question answering: mean cross-entropy of start and end (windows,).
 
@@ -69,19 +69,19 @@ def score(
 ) -> dict[str, float]:
     """Return the task's metrics and "loss" (see `losses`; the mean over all) on some examples.
 
-    The model is put into evaluation mode and back into the mode it was in. The result does not depend on
+    The model is put into evaluation mode, and its mode is restored afterwards. The result does not depend on
     the batch size, up to rounding: sums are kept, never means of batches.
 
     Args:
         model: returns Transformers' outputs; already on `device`.
         data: the task.
         indices: which examples, in any order; at least one.
-        batch_size: the longest examples in one forward pass; of shorter ones as many as have as many tokens.
+        batch_size: how many of the longest examples make one forward pass; of shorter ones, the same tokens.
         device: where the model is.
         autocast: the precision of the forward pass, if not the weights'.
     """
     indices = numpy.asarray(indices)
-    # Equal lengths side by side, so that little is padding; the longest first, so that memory fails early.
+    # Similar lengths together, to have little padding; the longest first, so that memory runs out early.
     ordered = indices[numpy.argsort(-data.lengths[indices], kind="stable")]
     total, count = 0.0, 0
     predictions: dict[str, list] = {name: [] for name in data.metrics if name != "loss"}
@@ -118,7 +118,7 @@ def score(
 def _batches(data: Prepared, ordered: numpy.ndarray, batch_size: int) -> Iterator[numpy.ndarray]:
     """Cut examples, the longest first, into batches of as many tokens, padding included, as the first has.
 
-    For question answering every window counts as a text of its own; an example is never divided.
+    For question answering every window counts as a separate text; an example is never divided.
     """
     room = batch_size * data.batch_length(ordered[:1])
     start = 0
@@ -149,7 +149,7 @@ def _predict_number(
 def _predict_tokens(
     outputs: Any, batch: Batch, data: Prepared, examples: numpy.ndarray, values: torch.Tensor
 ) -> Predicted:
-    """Return each example's summed loss and number of right tokens, and its number of target tokens."""
+    """Return each example's summed loss, number of correct tokens and number of target tokens."""
     logits, targets = _target_logits(outputs, batch)
     wanted = batch["labels"][:, 1:] != IGNORED
     example = wanted.nonzero()[:, 0]

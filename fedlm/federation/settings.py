@@ -1,4 +1,4 @@
-"""What a study says of the federation, of a client's training and of scoring."""
+"""Settings of the federation, of a client's training and of scoring."""
 
 from typing import Literal
 
@@ -36,7 +36,7 @@ class Training(Settings):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the schedule in which the rate rises")
     schedule_span: Literal["federation", "turn"] = Field(
-        "federation", description="whether the schedule runs over all rounds or starts anew at each turn"
+        "federation", description="whether the schedule runs over all rounds or restarts in each turn"
     )
     largest_gradient_norm: float | None = Field(None, gt=0, description="gradients are clipped to this norm")
     autocast: Literal["bfloat16", "float16"] | None = Field(None, description="precision of the arithmetic")

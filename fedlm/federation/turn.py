@@ -1,4 +1,4 @@
-"""A client's turn: steps of training, and passes that only look.
+"""A client's turn: training steps, and forward passes that only evaluate.
 
 The same code serves a real turn, the probe of its memory, and the prediction of costs on tensors without
 values.
@@ -50,9 +50,10 @@ class Turn:
     """One client's turn, as a method sees it.
 
     Attributes: `client`, `round` (from 1); `steps` is the number of optimizer steps; `model` is the client's
-    working copy; `received` the values it started from, which nobody may write into; `kept` what the client
+    working copy; `received` the values it started from, which must not be written to; `kept` what the client
     keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `total_rate` the sum of
-    the learning rates of the steps so far; `queries` how many passes only looked (see `evaluate`).
+    the learning rates of the steps so far; `queries` the number of passes that only evaluated (see
+    `evaluate`).
     """
 
     def __init__(
@@ -163,14 +164,14 @@ class Turn:
         self.loss = loss
 
     def probe(self, segments: Sequence[Segment], train: Callable[[Turn], None]) -> None:
-        """Measure the memory of the segments that no earlier turn measured at such a size.
+        """Measure the memory of the segments that no earlier turn measured at this size.
 
-        `train` is the method's own training. It runs once a segment, cut to one step of that segment at the
-        turn's largest batch; the other segments do nothing. Everything that lives on the client meanwhile
+        `train` is the method's own training. It runs once per segment, reduced to one step of that segment at
+        the turn's largest batch; the other segments do nothing. Everything that the client holds meanwhile
         counts. The message that the client received does not: it is written into the model tensor by tensor
-        as it comes. What the method reads of it, or of what the client kept, counts as the method's.
+        as it arrives. What the method reads from it, or from what the client kept, counts as the method's.
 
-        The trained parameters are put back, so the turn that follows is the same with or without the probe.
+        The trained parameters are restored, so the turn that follows is the same with or without the probe.
         """
         for segment in segments:
             if not segment.steps or not self._plan or not (segment.trainable or segment.forward_only):
@@ -223,7 +224,7 @@ class Turn:
         return optimizer
 
     def _keep(self, optimizer: LocalOptimizer) -> None:
-        """Keep what was trained, and the optimizer's state where someone goes on from it."""
+        """Keep what was trained, and the optimizer's state where a later turn continues from it."""
         self._values.update(optimizer.values())
         if self.moments != "reset":
             moments = optimizer.moments()
@@ -272,7 +273,7 @@ class Turn:
 
 
 class _ProbingTurn(Turn):
-    """A turn in which one segment makes one step, watched by a memory tracker, and the rest do nothing."""
+    """A turn in which one segment makes one step under a memory tracker, and the others do nothing."""
 
     def __init__(self, turn: Turn, target: Segment, tracker: MemoryTracker) -> None:
         super().__init__(
@@ -319,10 +320,10 @@ class _ProbingTurn(Turn):
 
     def _pass(self, segment: Segment, work: Pass) -> Tensor:
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            return work()  # the counter would keep the insides of layers that are computed again
+            return work()  # the counter would keep the activations of layers that are recomputed
         return self._instruments.look(segment.trainable, work.batch, work, work.backward)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor on the CPU, in its own format; of one without values, another without."""
+    """Return a copy of a tensor on the CPU, in its own format; for one without values, another without."""
     return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""Jobs: one run from labels to record, made again, with its provenance and its failures; cleaning up.
+"""Jobs: one run from labels to record, its provenance, failures and repetition; cleaning up.
 
 For others: `running`, `rerun`, `cleaning`, `failures`, `provenance`, `sources`, `record`, `conformance`.
 """

@@ -1,4 +1,4 @@
-"""Removing what lies in a study's results and the study, as it is now, does not use."""
+"""Removing from a study's results what the current study does not use."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ class Unused(NamedTuple):
 
     path: Path  # the file, or the folder of the files
     files: list[Path]
-    lock: Path | None  # to be held while they are removed
+    lock: Path | None  # held while they are removed
 
     @property
     def bytes(self) -> int:
@@ -24,13 +24,13 @@ class Unused(NamedTuple):
 
 
 def clean(study: Study, folders: Folders, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Remove what the study does not use; return each path with its bytes.
+    """Remove what the study does not use; return each path with its size in bytes.
 
     These are records, kept records of finished runs, checkpoints, partitions and prepared tasks. What a run
-    in progress uses stays, even where the study no longer has that run. Empty lock files stay too, since
+    in progress uses is kept, even if the study no longer has that run. Empty lock files are kept too, since
     another process may be waiting for one. With `dry_run` nothing is removed.
 
-    Raises UserError where the study does not pass its check: without its data and models nobody can know
+    Raises UserError if the study does not pass its check: without its data and models it is not known
     which records it uses.
     """
     check(study)
@@ -74,7 +74,7 @@ def _unused(study: Study, folders: Folders) -> Iterator[Unused]:
 
 
 def _runs_below(folder: Path, pattern: str) -> Iterator[Run]:
-    """Yield the labels of the runs of which there is a file below a folder."""
+    """Yield the labels of the runs that have a file below a folder."""
     depth = "*/*/*/*" if pattern == "lock" else "*/*/*"
     for path in sorted(folder.glob(f"{depth}/{pattern}")):
         task, partition, method, seed = path.relative_to(folder).parts[:4]
@@ -89,7 +89,7 @@ def _is_busy(folders: Folders, run: Run) -> bool:
 
 
 def _remove(unused: Unused, root: Path) -> bool:
-    """Remove the files and folders that are then empty; return False where another process uses them now."""
+    """Remove the files and then the empty folders; return False if another process is using them."""
     if unused.lock:
         with locked_if_free(unused.lock) as free:
             if not free:

@@ -1,4 +1,4 @@
-"""The conformance tests on one method's file, from anywhere, told in plain words.
+"""The conformance tests on one method's file, from anywhere, reported in plain words.
 
 The tests are those of `tests/test_methods.py`, which run on every method of the repository.
 """
@@ -25,8 +25,8 @@ TESTS = ROOT / "tests" / "test_methods.py"
 class _Reporter:
     """Prints a line for each finished check, and the reason under one that failed."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
         self.checks = self.failed = 0
         self.reason = ""
 
@@ -37,27 +37,27 @@ class _Reporter:
             return
         self.checks += 1
         self.failed += report.failed
-        self.say(f"{'FAIL' if report.failed else 'pass'}  {_sentence(report.nodeid)}")
+        self.log(f"{'FAIL' if report.failed else 'pass'}  {_sentence(report.nodeid)}")
         if report.failed:
             reason = _why(report)
-            self.say(f"      {'the same reason' if reason == self.reason else reason}")
+            self.log(f"      {'the same reason' if reason == self.reason else reason}")
             self.reason = reason
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.checks += 1
             self.failed += 1
-            self.say(f"FAIL  the tests can be read\n      {_why(report)}")
+            self.log(f"FAIL  the tests could not be loaded\n      {_why(report)}")
 
 
-def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = print) -> bool:
+def test_method(path: Path, settings: str = "{}", log: Callable[[str], None] = print) -> bool:
     """Run the conformance tests on the method in a file; print a line for each; return whether all pass.
 
     `settings` are the method's, as a JSON table; the rest have their defaults.
 
-    Raises UserError where the file holds no method or its settings are wrong.
+    Raises UserError if the file holds no method or the settings are wrong.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the models are made on the spot
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the models are created on the fly
     path = Path(path).absolute()
     method = method_in(path)
     _check_settings(method, settings)
@@ -66,7 +66,7 @@ def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = p
     # Only what the tests need: not the user's pytest settings, nor plug-ins of pytest that print.
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    reporter = _Reporter(say)
+    reporter = _Reporter(log)
     options = [
         *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-o", "addopts="),
         *("-p", "no:terminal", "-p", "no:cacheprovider"),
@@ -74,11 +74,11 @@ def test_method(path: Path, settings: str = "{}", say: Callable[[str], None] = p
     ]
     status = pytest.main([*options, str(TESTS)], plugins=[reporter])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not reporter.checks:
-        raise RuntimeError(f"the tests did not run to their end: {status!r}")
+        raise RuntimeError(f"the tests did not finish: {status!r}")
     if reporter.failed:
-        say(f"{method.name}: {reporter.failed} of {reporter.checks} checks failed")
+        log(f"{method.name}: {reporter.failed} of {reporter.checks} checks failed")
     else:
-        say(f"{method.name}: all {reporter.checks} checks passed")
+        log(f"{method.name}: all {reporter.checks} checks passed")
     return not reporter.failed
 
 
@@ -109,11 +109,11 @@ def _sentence(nodeid: str) -> str:
 
 
 def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return the one line that says most about a failure."""
+    """Return the most informative line about a failure."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
         lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "no reason was given"
+        return lines[-1].strip() if lines else "no reason given"
     message = re.sub(r"^(AssertionError|fedlm\.base\.errors\.\w+): ", "", crash.message.splitlines()[0])
     return f"{message} ({_short(Path(crash.path))}, line {crash.lineno})"
 

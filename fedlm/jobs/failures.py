@@ -1,4 +1,4 @@
-"""Failures that are not the reader's input but that the reader must understand: disk, memory, divergence."""
+"""Failures that are not caused by bad input but that the user must understand: disk, memory, divergence."""
 
 import errno
 
@@ -17,11 +17,11 @@ _DISK = {
     errno.EISDIR: "a folder is where a file should be",
     errno.EMFILE: "too many open files",
 }
-_AGAIN = "the run continues from its last whole round when it is started again"
+_AGAIN = "the run continues from its last completed round when it is started again"
 
 
 def describe(error: Exception) -> str | None:
-    """Return one line for a failure of a known kind; None for one that deserves its traceback."""
+    """Return one line for a failure of a known kind; None for one that needs its traceback."""
     if isinstance(error, FailedRun):
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
@@ -33,6 +33,6 @@ def describe(error: Exception) -> str | None:
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:
-    """On a GPU there is a class for it; on the CPU PyTorch raises a RuntimeError like any other."""
+    """On a GPU there is a class for it; on the CPU PyTorch raises a plain RuntimeError."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -15,7 +15,7 @@ from fedlm.jobs import sources
 from fedlm.jobs.sources import ROOT, of_packages, syntax_hash, with_imports
 from fedlm.study.plugins import file_of
 
-# What a run executes; what checks, compiles and draws records does not change them.
+# What a run executes. Code that checks studies or compiles and draws records does not change them.
 EXECUTED = ("base", "measure", "models", "data", "exchange", "federation")
 PREPARING = ("base", "models", "data")
 FOLDERS = ("fedlm", "methods", "tasks")
@@ -34,7 +34,7 @@ def data_code_hash(task: type[Task]) -> str:
 
 @cache
 def _hash_of(packages: tuple[str, ...], plugins: tuple[Path, ...]) -> str:
-    """Return the hash of packages, of plug-ins' files and of what these import besides."""
+    """Return the hash of packages, of plug-in files and of what these import."""
     known = of_packages(packages)
     return syntax_hash([*known, *with_imports(plugins, known)])
 
@@ -92,7 +92,7 @@ def _files_below(path: Path) -> list[Path]:
 
 def _git(root: Path, *words: str) -> str:
     # Inside a git hook the first ones name another repository or index. The last one keeps git from locking
-    # the index, where a person may be about to commit.
+    # the index, which the user may need for a commit.
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
     environment = {key: value for key, value in os.environ.items() if key not in elsewhere}
     environment["GIT_OPTIONAL_LOCKS"] = "0"
@@ -109,7 +109,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """Return what kind of machine this is: never its name."""
+    """Return the kind of machine, but never its name."""
     import torch
 
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -117,7 +117,7 @@ def machine() -> dict[str, object]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "processors": os.cpu_count(),
-        # Which vector instructions PyTorch uses: sums are taken in another order with others.
+        # The vector instructions that PyTorch uses: they determine the order of summation.
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": cuda,

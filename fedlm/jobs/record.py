@@ -1,4 +1,4 @@
-"""Run records: what was asked, what came out, what it cost, and where it comes from."""
+"""Run records: settings, results, costs and provenance."""
 
 import json
 import resource
@@ -11,7 +11,7 @@ from fedlm.jobs import provenance
 from fedlm.measure.memory import Memory
 from fedlm.study.study import RunConfig
 
-if TYPE_CHECKING:  # it takes seconds to import, and writing a record does not need it
+if TYPE_CHECKING:  # importing it takes seconds, and writing a record does not need it
     from fedlm.federation.loop import Federation
 
 VERSION = 1
@@ -91,5 +91,5 @@ def _block_number(item: tuple[str, Any]) -> tuple[int, str]:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record so that it is never visible in part."""
+    """Write a record atomically."""
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())

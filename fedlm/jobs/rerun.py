@@ -1,4 +1,4 @@
-"""Making a recorded run again, from nothing but its record, and comparing what comes out."""
+"""Repeating a recorded run from its record alone, and comparing the results."""
 
 import json
 import tempfile
@@ -22,7 +22,7 @@ OUTCOMES = {
     "memory": ("memory",),
 }
 OF_A_ROUND = ("validation", "train_loss", "payloads", "dropped")
-# What may explain a difference.
+# What can explain a difference.
 CAUSES = {
     "code": ("provenance", "code_sha256"),
     "data": ("provenance", "data_sha256"),
@@ -34,13 +34,13 @@ CAUSES = {
 
 
 def rerun(path: Path, results: Path | None = None, plugins: list[str] | None = None) -> list[str]:
-    """Make the run of a record again; return the names of what came out different, none if it is the same.
+    """Repeat the run of a record; return the names of the results that differ, none if all are the same.
 
-    `results` is the folder for what the run makes; a temporary one by default. It must not hold the run
-    already, or its finished record would be put back. `plugins` are the folders of the run's plug-ins; by
-    default where the record says that they were, as seen from the working directory.
+    `results` is the folder for the run's files; a temporary one by default. It must not hold the run
+    already, or its finished record would be restored. `plugins` are the folders of the run's plug-ins; by
+    default those in the record, relative to the working directory.
 
-    Raises UserError where the file is no record, or what it names is not to be had here.
+    Raises UserError if the file is not a record, or something that it names is not available here.
     """
     before = read(path)
     study = of_record(before, plugins)
@@ -54,14 +54,14 @@ def rerun(path: Path, results: Path | None = None, plugins: list[str] | None = N
         asked = (run.seed, *running.asked_hashes(study, run).values())
         kept = {running.identity(path) for path in folders.finished("any").parent.glob("*.json")}
         if folders.checkpoints(run).exists() or asked in kept:
-            raise UserError(f"results: {folders.root} holds this run already; allowed: a new folder")
+            raise UserError(f"results: {folders.root} already holds this run; allowed: a new folder")
         running.execute(study, run, folders.record(run), folders)
         after = read(folders.record(run))
     return report(before, after)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a record. Raises UserError where it cannot be one."""
+    """Read a record. Raises UserError if the file cannot be one."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         whole = isinstance(record, dict) and record["status"] == "finished"
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def report(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Print what is the same and what is not; return the names of the outcomes that differ."""
+    """Print what is the same and what differs; return the names of the results that differ."""
     different = []
     for name, keys in OUTCOMES.items():
         one, other = _at(before, keys), _at(after, keys)
@@ -91,13 +91,13 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     causes = [name for name, keys in CAUSES.items() if _at(before, keys) != _at(after, keys)]
     for name in causes:
         one, other = _at(before, CAUSES[name]), _at(after, CAUSES[name])
-        print(f"{'not the same' if different else 'although not the same'}: {name}: {_change(one, other)}")
+        print(f"{'changed' if different else 'changed, without effect'}: {name}: {_change(one, other)}")
     print("different" if different else "same: final payload, scores, bytes, FLOPs and memory")
     return different
 
 
 def _use_threads(record: dict[str, Any]) -> None:
-    """Sums are taken in another order with another number of threads, so their last digits differ."""
+    """Use the recorded number of threads, since another one changes the order of summation."""
     import torch
 
     threads = _at(record, ("provenance", "machine", "threads"))

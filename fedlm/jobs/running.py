@@ -1,4 +1,4 @@
-"""From labels to a record: prepares what a run needs, runs it, keeps what is finished."""
+"""From labels to a record: prepares what a run needs, runs it, and keeps finished records."""
 
 import json
 import sys
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 RESULTS = Path("results")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Folders:
-    """Where a study's files lie, below `results/<study>`."""
+    """Where a study's files are, below `results/<study>`."""
 
     def __init__(self, study: str, results: Path = RESULTS) -> None:
         self.root = Path(results) / study
@@ -46,11 +46,11 @@ class Folders:
         return self.root / "runs" / f"{run.path}.json"
 
     def checkpoints(self, run: Run) -> Path:
-        """Folder of a run's checkpoints, outside what the pipeline declares as outputs."""
+        """Folder of a run's checkpoints, outside the pipeline's declared outputs."""
         return self.root / "checkpoints" / run.path
 
     def finished(self, fingerprint: str) -> Path:
-        """File of a finished run's kept record, under whatever labels it was made."""
+        """File of a finished run's kept record, independent of its labels."""
         return self.root / "finished" / f"{fingerprint}.json"
 
 
@@ -67,7 +67,7 @@ def prepare(study: Study, task: str, folders: Folders) -> "Prepared":
 
 
 def _origin(study: Study, task: str) -> str:
-    """Return what a prepared task depends on: its settings, the model, the reader's own files of both."""
+    """Return what a prepared task depends on: its settings, the model, the user's own files of both."""
     entry = study.tasks[task]
     model = entry.model or study.model
     files = [*study.task(task).files(), *model.files()]
@@ -89,12 +89,12 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @cache
 def _file_hash(path: Path, changed: int, size: int) -> str:
-    """Return a file's SHA-256, read again when its time or size has changed: weights may be gigabytes."""
+    """Return a file's SHA-256, computed again only if its time or size changed: weights may be gigabytes."""
     return sha256(path)
 
 
 def _is_prepared(study: Study, task: str, folders: Folders) -> bool:
-    """Return whether the prepared task is there and was made from what the study asks for now."""
+    """Return whether the prepared task exists and was made from the study's current settings."""
     folder = folders.task(task)
     if not all((folder / name).exists() for name in ("origin.json", "task.json", "examples.parquet")):
         return False
@@ -102,7 +102,7 @@ def _is_prepared(study: Study, task: str, folders: Folders) -> bool:
 
 
 def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
-    """Return whether the partition is there and was drawn from these data as the study asks for now."""
+    """Return whether the partition exists and was drawn from these data with the study's current settings."""
     path = folders.partition(run.task, run.partition, run.seed)
     try:
         found = PartitionFile.read(path)
@@ -143,21 +143,22 @@ def partition(study: Study, task: str, label: str, seed: int, folders: Folders) 
 
 
 def execute(
-    study: Study, run: Run, output: Path, folders: Folders, progress: Callable[[str], None] = say
+    study: Study, run: Run, output: Path, folders: Folders, progress: Callable[[str], None] = log
 ) -> None:
-    """Make one run and write its record to `output`.
+    """Execute one run and write its record to `output`.
 
-    A finished run with the same fingerprint is not made again, whatever its labels were: its record is kept
-    and put back. Prepared data and the partition are made again where they are missing or of other origin.
-    Where another process makes this run, its end is waited for.
+    A finished run with the same fingerprint is not repeated, whatever its labels were: its kept record is
+    restored. Prepared data and the partition are made again if they are missing or outdated. If another
+    process is executing this run, wait for it.
 
-    Raises UserError for bad input and FailedRun for a run that did not end well.
+    Raises UserError for bad input and FailedRun for a run that failed.
     """
     from fedlm.federation.checkpoint import remove_checkpoints
 
     config = study.run(*run)
     checkpoints, print_line = folders.checkpoints(run), _prefixed(progress, run)
-    with locked(checkpoints / "lock", lambda: print_line("another process makes it; waiting for its end")):
+    wait = "another process is running it; waiting for it to finish"
+    with locked(checkpoints / "lock", lambda: print_line(wait)):
         with locked(folders.task(run.task) / "lock", lambda: print_line("waiting for its data")):
             if not _is_prepared(study, run.task, folders):
                 prepare(study, run.task, folders)
@@ -166,17 +167,17 @@ def execute(
         hashes = _hashes(study, run, folders)
         made = _finished(run, hashes, folders)
         if made:
-            print_line("was finished before; its record is put back")
+            print_line("already finished; its record is restored")
         else:
             made = _train(config, run, hashes, folders, study.pipeline.checkpoint_seconds, print_line)
             record.write(folders.finished(fingerprint(run.seed, hashes)), made)
-        # Not before the record is safe: killed in between, the run would begin again.
+        # Only now that the record is safe: otherwise a kill in between would lose the run.
         remove_checkpoints(checkpoints)
         record.write(output, made)
 
 
 def restore(study: Study, folders: Folders) -> list[Run]:
-    """Put back the records of finished runs whose file is gone; return the runs that have no record."""
+    """Restore missing records of finished runs; return the runs that have no record."""
     missing = []
     for run in study.runs():
         if folders.record(run).exists():
@@ -194,7 +195,7 @@ def _prefixed(progress: Callable[[str], None], run: Run) -> Callable[[str], None
 
 
 def _hashes(study: Study, run: Run, folders: Folders) -> dict[str, str]:
-    """Return the hashes of settings, code, data, partition and the reader's files that a run depends on."""
+    """Return the hashes of settings, code, data, partition and the user's files that a run depends on."""
     prepared = json.loads((folders.task(run.task) / "task.json").read_text())
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     return {
@@ -205,7 +206,7 @@ def _hashes(study: Study, run: Run, folders: Folders) -> dict[str, str]:
 
 
 def asked_hashes(study: Study, run: Run) -> dict[str, str]:
-    """Return those of the hashes that are known before any data are prepared. No label is in them."""
+    """Return the hashes that are known before any data are prepared. They do not depend on labels."""
     config = study.run(*run)
     return {
         "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
@@ -215,12 +216,12 @@ def asked_hashes(study: Study, run: Run) -> dict[str, str]:
 
 
 def fingerprint(seed: int, hashes: dict[str, str]) -> str:
-    """Return the SHA-256 that names a run by all it depends on, whatever its labels."""
+    """Return the SHA-256 of everything that a run depends on, which does not include its labels."""
     return sha256(json.dumps({"seed": seed, **hashes}, sort_keys=True).encode())
 
 
 def identity(path: Path) -> tuple[Any, ...] | None:
-    """Return the seed and `asked_hashes` of a kept record; None where it is damaged."""
+    """Return the seed and `asked_hashes` of a kept record; None if it is damaged."""
     try:
         found = json.loads(path.read_text())
         names = ("config_sha256", "code_sha256", "origin_sha256")
@@ -230,7 +231,7 @@ def identity(path: Path) -> tuple[Any, ...] | None:
 
 
 def _finished(run: Run, hashes: dict[str, str], folders: Folders) -> dict[str, Any] | None:
-    """Return the kept record of the run that depended on exactly this, under its present labels."""
+    """Return the kept record with these hashes, under the run's current labels."""
     try:
         found = json.loads(folders.finished(fingerprint(run.seed, hashes)).read_text())
         whole = found["status"] == "finished" and found["seed"] == run.seed
@@ -241,7 +242,7 @@ def _finished(run: Run, hashes: dict[str, str], folders: Folders) -> dict[str, A
 
 
 def _made_before(study: Study, run: Run, folders: Folders) -> dict[str, Any] | None:
-    """Return a run's kept record, None where its data or partition are gone or others."""
+    """Return a run's kept record, None if its data or partition are missing or have changed."""
     try:
         return _finished(run, _hashes(study, run, folders), folders)
     except (OSError, UserError, ValueError, KeyError):
@@ -262,16 +263,16 @@ def _train(
     from fedlm.federation.loop import Federation
     from fedlm.models import loading
 
-    # Transformers speaks to its own developers through peft's calls.
+    # These warnings, raised through peft's calls, are meant for the developers of Transformers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     keep_freed_memory()
     started = time.perf_counter()
-    # Now, not after hours in which files change.
+    # Before the run, which may take hours in which files change.
     source = provenance.source(config.method_class, config.task_class)
     data = Prepared.load(folders.task(run.task))
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:
-        raise FailedRun(f"{run.path}: the data of {run.task} were made again meanwhile; run again")
+        raise FailedRun(f"{run.path}: the data of {run.task} were prepared again in the meantime; run again")
     model = loading.load(config.model, data.kind, data.num_labels, run.seed)
     method = config.method_class(config.method_settings, len(divided.parts), run.seed)
     model_hash = loading.fingerprint(model)

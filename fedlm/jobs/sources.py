@@ -1,4 +1,4 @@
-"""Which source files a run executes, and a hash of what they mean.
+"""Which source files a run executes, and a hash of their meaning.
 
 The hash is taken over the syntax tree: comments, docstrings and formatting do not count.
 """
@@ -22,7 +22,7 @@ def of_packages(names: Iterable[str], root: Path = ROOT) -> list[Path]:
 def with_imports(paths: Iterable[Path], known: Iterable[Path] = (), root: Path = ROOT) -> list[Path]:
     """Return the files and the files that they import, directly or not, also inside functions.
 
-    Only imports from the repository are followed, and, for a file outside it, those from beside that file.
+    Only imports from the repository are followed, and, for a file outside it, those from its own folder.
     `known` files are neither followed nor returned.
     """
     found: set[Path] = set()
@@ -36,28 +36,28 @@ def with_imports(paths: Iterable[Path], known: Iterable[Path] = (), root: Path =
 
 
 def syntax_hash(paths: Iterable[Path], root: Path = ROOT) -> str:
-    """Return the SHA-256 of what files mean; of a file that is no valid Python, of its bytes.
+    """Return the SHA-256 of the files' syntax trees; for a file that is not valid Python, of its bytes.
 
-    The path below the repository counts too; of a file outside it only the name, wherever it lies.
+    A file's path below the repository counts too; for a file outside it, only its name.
     """
     lines = sorted({f"{shown(path, root)} {_meaning(path.read_bytes(), path.suffix)}\n" for path in paths})
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def is_inside(path: Path, root: Path = ROOT) -> bool:
-    """Return whether a file lies in the repository."""
+    """Return whether a file is in the repository."""
     return path.absolute().is_relative_to(root.absolute())
 
 
 def shown(path: Path, root: Path = ROOT) -> str:
-    """Return a file's path below the repository, or the name of a file that lies outside: never where."""
+    """Return a file's path below the repository; for a file outside, only its name, not its folder."""
     return path.absolute().relative_to(root.absolute()).as_posix() if is_inside(path, root) else path.name
 
 
 @cache
 def _meaning(source: bytes, suffix: str) -> str:
     if suffix == ".py":
-        # A file that is half written is imported by nothing.
+        # A half-written file imports nothing.
         with suppress(SyntaxError, ValueError, RecursionError):
             source = repr(_plain(ast.parse(source))).encode()
     return hashlib.sha256(source).hexdigest()
@@ -84,7 +84,7 @@ def _has_no_effect(node: Any) -> bool:
 
 
 def _imported(path: Path, root: Path) -> Iterator[Path]:
-    """Yield the files that a file's import statements name, as far as they are found."""
+    """Yield the files that a file's import statements name, as far as they exist."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):

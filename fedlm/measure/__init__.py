@@ -1,4 +1,4 @@
-"""The instruments: peak memory, FLOPs and bytes. They know tensors and labels, and no method.
+"""The instruments: peak memory, FLOPs and bytes. They know tensors and labels, but no methods.
 
 For others: `memory`, `flops`, `instruments`, `ledger`.
 """

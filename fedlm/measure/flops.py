@@ -1,7 +1,7 @@
-"""Floating-point operations, by PyTorch's own counter.
+"""Floating-point operations, counted by PyTorch's own counter.
 
-A multiplication with an addition counts as two operations. Only matrix products and attention count: the
-rest of a transformer is below a percent. The backward pass of fused attention computes the scores again, and
+A multiply-add counts as two operations. Only matrix products and attention count: the rest of a
+transformer is below one percent. The backward pass of fused attention computes the scores again, and
 this is counted, as in PyTorch's formulas for GPUs.
 """
 
@@ -28,7 +28,7 @@ def _attention_backward(
     return sdpa_backward_flop_count(output_gradient, query, key, value)
 
 
-# The counter knows the fused attention of GPUs; that of the CPU does the same products and is missing in it.
+# PyTorch's counter covers the fused attention of GPUs, but not that of the CPU, which does the same products.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -36,7 +36,7 @@ _CPU_ATTENTION = {
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return PyTorch's counter, which counts while it is entered, with the CPU's fused attention included."""
+    """Return PyTorch's counter, a context manager, with the CPU's fused attention included."""
     return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 

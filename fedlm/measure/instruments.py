@@ -13,11 +13,11 @@ from fedlm.measure.memory import Memory, MemoryTracker, measure
 
 
 class Instruments:
-    """Counts FLOPs and measures memory, each shape of work once.
+    """Counts FLOPs and measures memory, once for each shape of work.
 
-    FLOPs depend on which parameters are trained, on the batch's shape, on whether a backward pass follows,
-    on the layers that the client's copy lacks (`dropped`), and on nothing else, so PyTorch's counter runs the
-    first time a shape is met, over the pass itself, and its figure is used again later.
+    FLOPs depend only on which parameters are trained, on the batch's shape, on whether a backward pass
+    follows, and on the layers that the client's copy lacks (`dropped`). So PyTorch's counter runs over the
+    first pass of each shape, and its result is reused.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Instruments:
     ) -> Tensor:
         """Run `work` under a memory tracker: nothing is counted, except where counting is free.
 
-        On fake tensors, where a pass is slow and arithmetic is not, FLOPs are counted on the way.
+        On fake tensors, where the pass is slow but counting costs little, FLOPs are counted as well.
         """
         fake = isinstance(next(iter(batch.values())), FakeTensor)
         return self.count(trained, batch, work, backward)[0] if fake else work()
@@ -63,7 +63,7 @@ class Instruments:
         work: Callable[[], Tensor],
         backward: bool = True,
     ) -> int:
-        """Return the FLOPs of `work`, which is only run if no work of its shape was."""
+        """Return the FLOPs of `work`, which is run only if no work of its shape was run before."""
         key = self._shape(trained, batch, backward)
         return self._flops[key] if key in self._flops else self.count(trained, batch, work, backward)[1]
 
@@ -72,11 +72,11 @@ class Instruments:
         return (hash(tuple(trained)), backward, self.dropped, *shapes)
 
     def knows_memory(self, label: str, size: int) -> bool:
-        """Return whether a step of this label, at least as large, was measured already."""
+        """Return whether a step with this label that is at least as large was measured before."""
         return self.largest.get(self._work(label), 0) >= size
 
     def measure(self, label: str, size: int, act: Callable[[MemoryTracker], object], model: Module) -> None:
-        """Measure the peak of live tensors during `act` and note it under the label."""
+        """Measure the peak of live tensors during `act` and record it under the label."""
         self.largest[self._work(label)] = size
         found = measure(act, model)
         known = self.memory.get(label)
@@ -94,7 +94,7 @@ class Instruments:
         self.memory = {label: Memory(**memory) for label, memory in state["memory"].items()}
 
     def _work(self, label: str) -> str:
-        """Return what names the work of a segment: its label and the layers that are not there."""
+        """Return the name of a segment's work: its label and the layers that are missing."""
         without = ", ".join(map(str, self.dropped))
         return f"{label} without {without}" if without else label
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Ledger:
-    """Every payload's size in bytes, by direction, round and client; and the first broadcast, apart.
+    """Every payload's size in bytes, by direction, round and client; and, separately, the first broadcast.
 
     The broadcast is the whole pretrained model, which each client receives before its first turn.
     """
@@ -18,14 +18,14 @@ class Ledger:
         self.round: dict[int, list[int]] = defaultdict(lambda: [0, 0])  # client: bytes down, bytes up
 
     def downloaded(self, client: int, size: int) -> None:
-        """Note a payload from the server to a client."""
+        """Record a payload from the server to a client."""
         self.clients.add(client)
         self.download += size
         self.downloads += 1
         self.round[client][0] += size
 
     def uploaded(self, client: int, size: int) -> None:
-        """Note a payload from a client to the server."""
+        """Record a payload from a client to the server."""
         self.upload += size
         self.uploads += 1
         self.round[client][1] += size
@@ -42,7 +42,7 @@ class Ledger:
         return self.broadcast_size * len(self.clients)
 
     def state(self) -> list[Any]:
-        """Return what the next round depends on as plain values, for a checkpoint."""
+        """Return the state that the next round depends on, as plain values for a checkpoint."""
         return [self.download, self.downloads, self.upload, self.uploads, sorted(self.clients)]
 
     def restore(self, state: list[Any]) -> None:

@@ -1,7 +1,7 @@
-"""The peak memory of training, exact, and split by what it is spent on.
+"""The peak memory of training, exact, and split by what it is used for.
 
 A tracker sees every operation and follows the storage of every tensor from its allocation to its release.
-What is counted is bytes of live tensors: repeatable to the byte, and the same for fake tensors, which have
+It counts the bytes of live tensors: repeatable to the byte, and the same for fake tensors, which have
 sizes but no content. It does not see workspaces that live inside one operation; a GPU's allocator also rounds
 sizes up and keeps what was freed.
 """
@@ -31,7 +31,7 @@ _RANK: dict[MemoryKind, int] = {"activation": 0, "method": 1, "gradient": 2, "op
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of live tensors at the moment when they were most, and what they were.
+    """Bytes of live tensors at their peak, and what the tensors were.
 
     `parameter` holds parameters and buffers, trained or not; `gradient` the gradients of parameters;
     `optimizer` the optimizer's state and the float32 copies of half-precision weights; `method` what the
@@ -56,8 +56,8 @@ class MemoryTracker(TorchDispatchMode):
 
     Parameters, buffers and gradients that exist already count from the start, other tensors from their
     allocation or, if they are older, from their first use. State and gradients of any torch.optim optimizer
-    are recognised when it steps; what else belongs to an optimizer is named by `mark`. Works on the CPU, on
-    CUDA, and inside FakeTensorMode; it costs about as much time as the step itself.
+    are recognised when it steps; anything else that belongs to an optimizer is declared with `mark`. Works on
+    the CPU, on CUDA, and inside FakeTensorMode; it costs about as much time as the step itself.
     """
 
     def __init__(self, model: nn.Module):
@@ -75,7 +75,7 @@ class MemoryTracker(TorchDispatchMode):
         self._paused = False
 
     def mark(self, tensors: Iterable[torch.Tensor], kind: MemoryKind) -> None:
-        """Say what live tensors are, unless they are known to be something of a higher rank.
+        """Declare what live tensors are, unless they are known to be something of a higher rank.
 
         From low to high: activation, method, gradient, optimizer, parameter.
         """
@@ -87,13 +87,13 @@ class MemoryTracker(TorchDispatchMode):
                 self._kinds[number] = kind
 
     def mark_live(self, kind: MemoryKind) -> None:
-        """Say what all live tensors are that are not known to be something of a higher rank."""
+        """Declare what all live tensors are that are not known to be something of a higher rank."""
         for number in self._live.values():
             if _RANK[kind] > _RANK[self._kinds[number]]:
                 self._kinds[number] = kind
 
     def expect(self, tensors: Iterable[torch.Tensor], kind: MemoryKind) -> None:
-        """Say what older tensors are; they count from their first use on, and not at all if never used."""
+        """Declare what older tensors are; they count from their first use, and not at all if never used."""
         for tensor in tensors:
             if tensor.layout is torch.strided:
                 self._held.append(tensor)
@@ -101,7 +101,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Follow nothing; what is made meanwhile counts from its first use afterwards."""
+        """Pause tracking; tensors made meanwhile count from their first use afterwards."""
         self._paused = True
         try:
             yield
@@ -109,7 +109,7 @@ class MemoryTracker(TorchDispatchMode):
             self._paused = False
 
     def memory(self) -> Memory:
-        """Return the peak of what happened so far, and its split at that moment."""
+        """Return the peak so far, and its split at that moment."""
         current = dict.fromkeys(KINDS, 0)
         total, peak, split = 0, 0, dict(current)
         for number, size in self._timeline:
@@ -196,10 +196,9 @@ _set_aside = False
 
 @contextlib.contextmanager
 def older_objects_set_aside() -> Iterator[None]:
-    """Let the garbage collector leave alone all that is there now, so that collecting is quick until the end.
+    """Exempt all present objects from garbage collection, so that collecting is quick until the exit.
 
-    Searching all of PyTorch and Transformers takes longer than a small step. Entered again inside, it does
-    nothing.
+    Searching all of PyTorch and Transformers takes longer than a small step. Nested use does nothing.
     """
     global _set_aside
     if _set_aside:
@@ -216,10 +215,10 @@ def older_objects_set_aside() -> Iterator[None]:
 
 
 def measure(act: Callable[[MemoryTracker], object], model: nn.Module) -> Memory:
-    """Return the peak memory while `act` runs; it is given the tracker that watches it."""
+    """Return the peak memory while `act` runs; `act` receives the tracker."""
     collecting = gc.isenabled()
     with older_objects_set_aside():
-        # Cycles of garbage would be collected at moments that depend on what ran before.
+        # Otherwise reference cycles would be collected at moments that depend on what ran before.
         gc.collect()
         gc.disable()
         try:
@@ -239,9 +238,9 @@ def measure_step(
 ) -> Memory:
     """Return the peak memory of a training step, which is run twice.
 
-    The first run makes the optimizer's state, the second meets it; the peak is that of both. `step` does a
-    forward pass, a backward pass and the optimizer's step, and clears the gradients as training does: it
-    changes the model, so a real model is put back afterwards by the caller. The state of torch.optim's
+    The first run creates the optimizer's state, the second finds it there; the peak is over both. `step` does
+    a forward pass, a backward pass and the optimizer's step, and clears the gradients as training does: it
+    changes the model, so the caller must restore a real model afterwards. The state of torch.optim's
     optimizers is recognised; `optimizer_state` gives the tensors of any other.
     """
 

@@ -1,8 +1,8 @@
 """The parts of a language model: embeddings, blocks (transformer layers), head, and the rest.
 
-They are read off the model's structure, not off a list of model names: the layers are the longest list of
-equal modules, what is registered before them embeds, and what a task's class adds outside the pretrained
-model is the head. Works on models of Transformers, also when they are wrapped by peft.
+They are derived from the model's structure, not from a list of model names: the layers are the longest list
+of equal modules, what is registered before them is the embeddings, and what a task's class adds outside the
+pretrained model is the head. Works on models of Transformers, also when they are wrapped by peft.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from fedlm.base.errors import UserError
 class Block:
     """A named group of parameters that are trained together: one layer, or what several layers share.
 
-    `module` is the path of the layer's module, or of the first place of what is shared; `parameters` are
+    `module` is the path of the layer's module, or of the first occurrence of what is shared; `parameters` are
     names as in `model.named_parameters()`.
     """
 
@@ -32,13 +32,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where each parameter of a model belongs; every name of `model.named_parameters()` is in one place.
+    """Where each parameter of a model belongs; every name of `model.named_parameters()` belongs to one part.
 
     `blocks` holds one block a layer, `layer_0` at the input, then, if layers share parameters, one block
     `shared`. `embeddings` comes before the layers and includes an output embedding tied to it; `head` is the
     task's newly initialised output layer (empty for causal models); `rest` is everything else, such as a
-    final norm, a pooler, an untied output embedding, or soft prompts. `shared` repeats the names in the block
-    `shared`, and `layers` the paths of the layers.
+    final norm, a pooler, an untied output embedding, or soft prompts. `shared` holds the names in the block
+    `shared` once more, `layers` the paths of the layers.
 
     peft keeps a frozen copy of a head that it trains (`original_module`); both copies are in `head`.
     """
@@ -52,7 +52,7 @@ class Anatomy:
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """The place of each parameter by name: a block's name, `embeddings`, `head` or `rest`."""
+        """The part of each parameter by name: a block's name, `embeddings`, `head` or `rest`."""
         places = {name: block.name for block in self.blocks for name in block.parameters}
         for place in ("embeddings", "head", "rest"):
             places.update(dict.fromkeys(getattr(self, place), place))
@@ -105,12 +105,12 @@ def find_blocks(model: nn.Module) -> Anatomy:
 
 @contextlib.contextmanager
 def skip(model: nn.Module, block_indices: Iterable[int]) -> Iterator[None]:
-    """Run the model without some of its layers: hidden states go past them, and they compute nothing.
+    """Run the model without some of its layers: hidden states bypass them, and they compute nothing.
 
     `block_indices` count the layers from 0 at the input. Parameters, their names and gradient checkpointing
-    stay as they are; a layer left out simply gets no gradient. Serves clients whose copy lacks layers.
+    stay as they are; a layer left out simply gets no gradient. For clients whose copy lacks layers.
 
-    Raises ValueError for an index that is no layer's.
+    Raises ValueError for an index that no layer has.
     """
     _, layers = _find_layers(model)
     skipped = frozenset(block_indices)
@@ -158,14 +158,14 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _head_paths(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that the task's class puts beside the pretrained model."""
+    """Return the paths of the modules that the task's class adds to the pretrained model."""
     prefix = ""
     inner: Any = model  # to nn.Module every other attribute is a tensor or a module
     if hasattr(inner, "get_base_model"):  # wrapped by peft
         inner = inner.get_base_model()
         prefix = next(path for path, module in model.named_modules() if module is inner) + "."
     base = getattr(inner, "base_model", inner)
-    # What a causal model has beside its base is the pretrained output embedding, which is no new head.
+    # What a causal model adds to its base is the pretrained output embedding, which is not a new head.
     if base is inner or inner.get_output_embeddings() is not None:
         return []
     return [prefix + name for name, module in inner.named_children() if module is not base]

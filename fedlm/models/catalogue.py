@@ -1,4 +1,4 @@
-"""The models that a study can name by one word; reading this must not cost the import of Transformers."""
+"""The models that have a label. Importing this module must not import Transformers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What Transformers has no class for; every other model of the catalogue does every kind it can read for.
+# What Transformers has no class for; every other model of the catalogue does every kind its type allows.
 _NO_QUESTION_ANSWERING = ("glm",)
 _ENCODERS = ("bert", "roberta")
 
 
 @dataclass(frozen=True)
 class CatalogueModel:
-    """A model that a study can name by one word, with its dimensions, so that its costs need no network.
+    """A model that a study can name by a label, with its dimensions, so that its costs need no network.
 
-    `model_type` and `dimensions` make the Transformers configuration; where a label is embedded, its weights
-    come with a Python package instead of the hub.
+    `model_type` and `dimensions` make the Transformers configuration; the weights of an embedded
+    model come with a Python package instead of from the hub.
     """
 
     title: str
@@ -43,7 +43,7 @@ class CatalogueModel:
 
     @property
     def blocks(self) -> int:
-        """The number of blocks: one a layer, and one for what the layers share."""
+        """The number of blocks: one per layer, and one for what the layers share."""
         layers = self._dimension("num_hidden_layers", "n_layer")
         return layers + bool(self.dimensions.get("share_feed_forward"))
 

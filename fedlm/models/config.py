@@ -1,4 +1,4 @@
-"""The settings of a model; reading a study must not cost the import of PyTorch."""
+"""The settings of a model. Importing this module must not import PyTorch."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class ModelConfig(Settings):
         default="float32", description="Number format of the weights in memory."
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute each layer in the backward pass instead of storing its inside."
+        default=False,
+        description="Recompute each layer's activations in the backward pass instead of storing them.",
     )
     dropout: Literal["model"] | Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="Probability written into every dropout field of the model's configuration, or `model` "
-        "to leave them. At 0 a turn needs no random numbers.",
+        "to keep the model's own. At 0 a turn needs no random numbers.",
     )
 
     @property
@@ -51,7 +52,7 @@ class ModelConfig(Settings):
         return getattr(torch, self.weights)
 
     def files(self) -> list[Path]:
-        """Return the files of a local folder whose change makes it another model; none of a hub id."""
+        """Return the files of a local folder that define the model; none for a hub id."""
         found = local_path(self.source)
         if found.suffix == ".json" and found.is_file():
             return [found]

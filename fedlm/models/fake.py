@@ -1,8 +1,8 @@
 """Training steps of any size without weights or arithmetic.
 
 PyTorch's fake tensors have shapes, number formats and lifetimes, but no content. A step of the real code on a
-fake model makes the same tensors in the same order as on a real one, so its memory and its operations can be
-counted on a laptop, whatever the model's size.
+fake model creates the same tensors in the same order as on a real one, so its memory and its operations can
+be counted on a laptop, whatever the model's size.
 """
 
 import contextlib
@@ -25,15 +25,16 @@ def fake_model(
     num_labels: int,
     prepare: Callable[[PreTrainedModel], nn.Module] | None = None,
 ) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
-    """Enter a world of fake tensors that holds the model, and yield the mode and the model.
+    """Make the model fake inside a FakeTensorMode, and yield the mode and the model.
 
         with fake_model(config, "classification", 5) as (mode, model):
             tokens = torch.ones(16, 64, dtype=torch.long)      # fake, too
             measure_step(lambda: step(model, tokens), model)
 
-    `prepare` wraps or freezes the model before (peft cannot wrap a fake model). What reads a tensor's content
-    (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask masks
-    anything and always applies it, as it does for a real batch with padding; without a mask both do without.
+    `prepare` wraps or freezes the model beforehand (peft cannot wrap a fake model). What reads a tensor's
+    content (`.item()`, `if tensor:`) raises inside. Transformers cannot see whether a fake attention mask
+    masks anything and always applies it, as it does for a real batch with padding; without a mask both do
+    without.
     """
     pretrained = build_on_meta(config, kind, num_labels)
     model: nn.Module = pretrained
@@ -49,7 +50,7 @@ def fake_model(
 def to_fake(model: nn.Module) -> None:
     """Replace the model's parameters and buffers by empty fake ones on the CPU, inside a FakeTensorMode.
 
-    Size, stride, number format and whether they are trained stay, and so does what is shared.
+    Size, stride, number format, requires_grad and sharing stay as they are.
     """
     replaced: dict[int, torch.Tensor] = {}
 

@@ -1,6 +1,6 @@
 """The language models: where they come from, how they are loaded, and their shapes without weights.
 
-A model is named by one word of the catalogue (`minilm`), by a folder in the layout of Transformers, or by
+A model is named by a label of the catalogue (`minilm`), by a folder in the layout of Transformers, or by
 its name on the Hugging Face hub (`owner/name`). Weights are read from safetensors only, and code from the hub
 runs only where the study says `trust_remote_code: true`.
 """
@@ -42,7 +42,7 @@ def build_config(config: ModelConfig, kind: Kind, num_labels: int) -> PreTrained
     """Return the Transformers configuration of the model for a task, without weights.
 
     A model of the catalogue needs no network; a folder needs its config.json; a hub id needs the hub or its
-    cache. Dropout and the number of labels are those asked for, and no key-value cache is kept, since nothing
+    cache. Dropout and the number of labels are as requested, and no key-value cache is kept, since nothing
     is generated while training. `num_labels` is ignored for causal models.
 
     Raises UserError for a source that cannot be found or a model that cannot do the task.
@@ -56,7 +56,7 @@ def _read_config(config: ModelConfig) -> PreTrainedConfig:
     place = find_place(config)
     with reading(config, place):
         if not place.local:
-            # Asked for by itself: the hub's own errors tell not found from not reached from not allowed.
+            # A request of its own: the hub's errors distinguish not found, not reachable and not allowed.
             huggingface_hub.hf_hub_download(place.name, "config.json", revision=config.revision)
         return AutoConfig.from_pretrained(
             place.name, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
@@ -83,7 +83,7 @@ def _adapt(shape: PreTrainedConfig, config: ModelConfig, kind: Kind, num_labels:
                 and not isinstance(value, bool)
             ):
                 setattr(shape, name, config.dropout)
-            # Whole layers left out at random are no dropout, but they too need random numbers.
+            # Leaving out whole layers at random is not dropout, but it also needs random numbers.
             elif name.endswith("layerdrop") and isinstance(value, int | float):
                 setattr(shape, name, 0.0)
     return shape
@@ -106,7 +106,7 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
 
     The head (and a pooler, if the checkpoint lacks one) is initialised from the stream (seed, "head"), so it
     is the same for every method; a checkpoint's own head of the same shape is kept. Torch's global generator
-    is left as it was.
+    is left unchanged.
 
     Raises UserError if the model cannot be found or reached, or its weights do not fit the model.
     """
@@ -131,8 +131,8 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
         _share_feed_forward(model)
     _require_fit(model, report, config, kind)
     if kind in ("classification", "regression"):
-        # Decoders read the class off the last token that is not padding, so model and tokenizer must agree.
-        # It is set after building: at building it would exclude the token's embedding from training.
+        # Decoders predict the class from the last token that is not padding, so model and tokenizer must
+        # agree. Set after building, since otherwise the token's embedding would be excluded from training.
         model.config.pad_token_id = _pad_token_id(model.config, config)
     return _finish(model, config)
 
@@ -188,7 +188,7 @@ def _auto_class(shape: PreTrainedConfig, config: ModelConfig, kind: Kind) -> Any
     remote = config.trust_remote_code and auto_class.__name__ in (getattr(shape, "auto_map", None) or {})
     if type(shape) not in auto_class._model_mapping and not remote:
         raise UserError(
-            f"model: {config.source!r} ({shape.model_type}) has no form for {kind.replace('_', ' ')} in "
+            f"model: {config.source!r} ({shape.model_type}) has no class for {kind.replace('_', ' ')} in "
             "Transformers; choose another model or another task"
         )
     return auto_class
@@ -211,13 +211,13 @@ def _finish(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
         # The reentrant form needs a trained input of every layer, which a frozen embedding does not give.
         model.activation_checkpointing_enable({"use_reentrant": False})
     if model.loss_type is None:
-        # The loss is found by the name of the class, and GPT2LMHeadModel's tells Transformers nothing.
+        # Transformers chooses the loss by the name of the class, which it cannot do for GPT2LMHeadModel.
         model.loss_type = "ForCausalLM"
     return model
 
 
 def _share_feed_forward(model: PreTrainedModel) -> None:
-    """Let all layers use the feed-forward of the first, as MobiLlama does."""
+    """Let all layers use the first layer's feed-forward, as in MobiLlama."""
     layers: Any = model.base_model.layers
     for layer in layers:
         layer.mlp = layers[0].mlp
@@ -233,7 +233,7 @@ def _require_safetensors(config: ModelConfig, folder: Path) -> None:
 
 
 def _require_fit(model: PreTrainedModel, report: dict[str, Any], config: ModelConfig, kind: Kind) -> None:
-    """Raise UserError if weights other than the head's (or a pooler's) would be left to chance."""
+    """Raise UserError if weights other than the head's (or a pooler's) would be initialised at random."""
     base = model.base_model
     in_base = {id(parameter) for parameter in base.parameters()} if base is not model else set()
     parameters = dict(model.named_parameters())  # each shared tensor under its first name

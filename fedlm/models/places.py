@@ -28,7 +28,7 @@ class Place:
 
 
 def check(config: ModelConfig) -> None:
-    """Raise UserError if the source names nothing that can exist; reads no weights and asks no network."""
+    """Raise UserError if the source cannot exist; reads no weights and uses no network."""
     entry = CATALOGUE.get(config.source)
     if entry is not None or _looks_like_hub_id(config.source):
         return
@@ -49,7 +49,7 @@ def _folder(source: str) -> Path:
         return path
     if path.exists():
         raise UserError(
-            f"model: folder {source!r} holds no config.json; name a folder written by Transformers' "
+            f"model: folder {source!r} has no config.json; name a folder written by Transformers' "
             "save_pretrained (config.json, model.safetensors, tokenizer files)"
         )
     if os.sep in source or source.startswith("~"):
@@ -66,7 +66,7 @@ def _allowed() -> str:
 
 
 def find_place(config: ModelConfig) -> Place:
-    """Return where the model's files are, fetching and converting an embedded model if needed."""
+    """Return where the model's files are, downloading and converting an embedded model if needed."""
     if config.source == "minilm":
         return Place(str(minilm()), local=True)
     if config.source == "smollm2":
@@ -80,7 +80,7 @@ def find_place(config: ModelConfig) -> Place:
 
 @contextlib.contextmanager
 def reading(config: ModelConfig, place: Place) -> Iterator[None]:
-    """Read quietly, and turn the libraries' errors about files and hub into a UserError with a remedy."""
+    """Silence the libraries, and turn their errors about files and hub into a UserError with a remedy."""
     try:
         with quiet():
             yield
@@ -105,7 +105,7 @@ def reading(config: ModelConfig, place: Place) -> Iterator[None]:
         unreachable = isinstance(error, hub_errors.LocalEntryNotFoundError) or "couldn't connect" in reason
         if not place.local and (unreachable or hub_errors.OfflineModeIsEnabled in type(error).__mro__):
             raise UserError(
-                f"model: the hub cannot be reached for {place.name!r} and its cache does not hold it; "
+                f"model: the hub cannot be reached for {place.name!r} and it is not in the hub's cache; "
                 "connect, or download the model elsewhere and name its folder as `source`"
             ) from error
         raise UserError(f"model: {config.source!r} cannot be loaded: {reason[:300]}") from error

@@ -1,4 +1,4 @@
-"""Keeping the libraries quiet, and torch's global generator as it was, while models are read."""
+"""Keeping the libraries quiet, and torch's global generator unchanged, while models are loaded."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import transformers
 
 @contextlib.contextmanager
 def own_generator(seed: int) -> Iterator[None]:
-    """Let torch's global CPU generator start from `seed`, and put it back afterwards."""
+    """Seed torch's global CPU generator with `seed`, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed every GPU as well.
         torch.default_generator.manual_seed(seed)

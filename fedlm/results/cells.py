@@ -1,4 +1,4 @@
-"""What the cells of a study's tables hold: scores in points, means with deviations, names of metrics."""
+"""The cells of a study's tables: scores in points, means with deviations, names of metrics."""
 
 import math
 
@@ -34,7 +34,7 @@ def metric_text(runs: pandas.DataFrame) -> str:
 
 
 def task_texts(scene: Scene) -> dict[str, str]:
-    """Return what each task is called in a table: its label, and the metric of its runs."""
+    """Return each task's name in tables: its label, and the metric of its runs."""
     return {
         task: f"{task} ({metric_text(runs)})" if len(runs) else task
         for task in scene.tasks
@@ -52,7 +52,7 @@ def mean_and_deviation(name: str, values: numpy.ndarray) -> dict[str, float]:
 
 
 def shown_mean(text: str) -> float:
-    """Return the mean that a cell shows: what looks equal is equally good."""
+    """Return the mean as a cell shows it, so that scores that look equal rank equally."""
     try:
         return float(text.split(" ")[0].replace(",", ""))
     except ValueError:

@@ -67,7 +67,7 @@ def aggregate_table(scene: Scene) -> Table:
         marks += [[False, False, several and value == least, *[False] * 4] for value in values]
     notes = [
         "Over all cells (task × partition) of a method, in points (score times 100) where greater is better. "
-        "The interval is a stratified bootstrap over seeds, 2,000 draws; there is none where no cell has two "
+        "The interval is a stratified bootstrap over seeds, 2,000 draws; it needs a cell with two "
         "seeds. Methods with different cells cannot be compared; bold: best of the competitors that have all "
         "cells.",
         *scene.notes(),
@@ -86,7 +86,7 @@ def aggregate_table(scene: Scene) -> Table:
 
 
 def paired_table(scene: Scene, against: str | None = None) -> Table:
-    """Every method against one of them, on the same seeds: paired t-test for each task x partition."""
+    """Every method compared with one of them on the same seeds: paired t-test for each task x partition."""
     runs = scene.runs
     names = dict(zip(runs["method"], runs["method_name"], strict=True))
     if against is None:
@@ -141,8 +141,8 @@ def paired_table(scene: Scene, against: str | None = None) -> Table:
     notes = [
         f"Test score of the method minus that of {name} on the same seed (same split, same clients, same new "
         "head); n pairs, two-sided paired t-test. p adjusted is for the number of rows (Benjamini and "
-        "Hochberg). With few seeds only large differences can be told from chance.",
-        *([f"Comparisons left out, having fewer than two pairs: {too_few}."] if too_few else []),
+        "Hochberg). With few seeds only large differences can be distinguished from chance.",
+        *([f"Comparisons left out, with fewer than two pairs: {too_few}."] if too_few else []),
         *scene.notes(),
     ]
     columns = ["Task", "Partition", "Method", "Difference", "95% interval", "p", "p adjusted", "n"]

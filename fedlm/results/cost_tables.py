@@ -1,4 +1,4 @@
-"""Tables of scores beside costs, of traffic and of memory; the main one also for a terminal."""
+"""Tables of scores and costs, of traffic and of memory; the main one also for a terminal."""
 
 import math
 import textwrap
@@ -16,7 +16,7 @@ from fedlm.results.typeset import WIDTH, Table, spread
 
 
 class Quantity(NamedTuple):
-    """A column of costs: where it comes from, how it is headed, its unit, and whether the least is marked."""
+    """A column of costs: its source, heading and unit, and whether the smallest value is marked."""
 
     column: str
     heading: str
@@ -29,12 +29,12 @@ UP = Quantity("upload_bytes", "Sent up (MB)", 1e6, mark=True)
 DOWN = Quantity("download_bytes", "Sent down (MB)", 1e6, mark=True)
 COMPUTE = Quantity("flops", "Compute (TFLOP)", 1e12, mark=True)
 UNITS_NOTE = (
-    "Mean ± standard deviation over seeds; no deviation is written where there is one seed or where it is "
+    "Mean ± standard deviation over seeds; the deviation is left out for one seed and where it is "
     "below the last digit. MB is 1e6 bytes, MiB is 1,048,576 bytes, TFLOP is 1e12 floating point operations."
 )
 SUMS_NOTE = (
-    "Bytes and compute are sums over all clients and rounds of a run, the first broadcast of the pretrained "
-    "model apart. Peak memory is that of live tensors in the turn with the highest peak, model included."
+    "Bytes and compute are sums over all clients and rounds of a run, without the first broadcast of the "
+    "pretrained model. Peak memory is that of live tensors in the turn with the highest peak, model included."
 )
 
 
@@ -78,7 +78,7 @@ def _cost_table(
         values = numpy.where(numpy.isnan(values), numpy.inf, values)
         for _, rows in numbers.groupby(CELL, sort=False):
             some = values[rows.index]
-            # The best of one is no news.
+            # With one method there is no best.
             several = numpy.isfinite(some).sum(axis=0) > 1
             best[rows.index] = several & numpy.isfinite(some) & (some == some.min(axis=0))
     return numbers, cells, best
@@ -115,7 +115,7 @@ def traffic_table(scene: Scene, rounds: pandas.DataFrame) -> Table:
     ]
     numbers, cells, best = _cost_table(scene._replace(runs=runs), quantities, score=False)
     notes = [
-        "Bold: least of the competitors. A turn is one client in one round. " + UNITS_NOTE,
+        "Bold: smallest value among the competitors. A turn is one client in one round. " + UNITS_NOTE,
         "The broadcast is the pretrained model, sent once to every client before its first turn; it is not "
         "counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's are those of merging.",
         *scene.notes(),
@@ -138,7 +138,7 @@ def memory_table(scene: Scene) -> Table:
         quantities.append(Quantity("cuda_peak_bytes", "CUDA peak", 2**20))
     numbers, cells, best = _cost_table(scene, quantities, score=False)
     notes = [
-        "All in MiB (1,048,576 bytes). Bold: least peak of the competitors. Mean ± standard deviation over "
+        "All in MiB (1,048,576 bytes). Bold: lowest peak among the competitors. Mean ± standard deviation over "
         "seeds.",
         "Parameters, gradients, optimizer state, what the method itself holds (an anchor, a control variate) "
         "and activations make up the peak of live tensors in the turn with the highest peak. The resident set is that of the whole process, Python included.",
@@ -155,7 +155,7 @@ def terminal(
 ) -> str:
     """Return the main table for a terminal of 120 columns: a block for each task and partition.
 
-    `runs` is `runs.parquet` or what `results.load_runs` made of it; the rest is as in `make`.
+    `runs` is `runs.parquet` or the frame from `results.load_runs`; the rest is as in `make`.
     """
     runs = runs if isinstance(runs, pandas.DataFrame) else records.load_runs(runs)
     scene = Scene.make(runs, expected, titles, controls)
@@ -164,7 +164,7 @@ def terminal(
     headings = ["Method", "Score", "Memory (MiB)", "Up (MB)", "Down (MB)", "Compute (TFLOP)", "Seeds"]
     rows = []
     for row, marks in zip(cells.to_numpy().tolist(), best, strict=True):
-        # Means alone for the costs: their deviations are in the files.
+        # Only means for the costs: their deviations are in the files.
         short = [*row[2:4], *(cell.split(" ± ")[0] for cell in row[4:])]
         rows.append(
             [f"{cell} *" if mark else f"{cell}  " for cell, mark in zip(short, marks[2:], strict=True)]

@@ -1,4 +1,4 @@
-"""How figures look: one style for each method, paper sizes, files without dates."""
+"""How figures look: one style per method, paper sizes, files without dates."""
 
 import hashlib
 import io
@@ -55,7 +55,7 @@ class Style(NamedTuple):
 
     colour: str
     marker: str
-    line: Any  # what matplotlib takes for a line style
+    line: Any  # a line style of matplotlib
 
 
 _SOLID, _DASHED, _DOTTED, _MIXED = "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2))
@@ -106,8 +106,8 @@ KINDS = [
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """Return a style for each method label.
 
-    Methods of the suite have fixed ones. Any other label gets what its hash points at or, where that is
-    taken, what comes after it: the same in all figures of a study, and no two alike while there are markers.
+    Methods of the suite have fixed ones. Any other label gets the one that its hash selects or, if that is
+    taken, the next: the same in all figures of a study, and no two are equal while there are markers.
     """
     labels = list(dict.fromkeys(labels))
     found = {label: KNOWN[label] for label in labels if label in KNOWN}
@@ -129,7 +129,7 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Enter matplotlib's settings of all figures; the reader's own matplotlibrc must not change one."""
+    """Apply matplotlib's settings for all figures; the user's matplotlibrc must not change them."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(SETTINGS)
@@ -138,7 +138,7 @@ def settings() -> Iterator[None]:
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as `<path>.pdf` and `<path>.png`, without dates; return their paths."""
-    # Where everything stands is found once, and is the same in both files.
+    # The layout is computed once, and is the same in both files.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     written = []
@@ -167,7 +167,7 @@ def legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> None:
     """Place one legend below all panels, in as many columns as fit, and make room for it."""
     if not handles:
         return
-    # About 0.05 inches a letter, and 0.42 for the sign before it and the space after it.
+    # About 0.05 inches per letter, and 0.42 for the marker before it and the space after it.
     widest = 0.05 * max(map(len, labels)) + 0.42
     columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
     rows = -(-len(labels) // columns)
@@ -218,7 +218,7 @@ def memory_unit(largest: float) -> tuple[float, str]:
 
 
 def stack(axes: Axes, place: float, parts: Sequence[float]) -> None:
-    """Draw a bar of peak memory split by kind, in the order of `KINDS`, with its sum beside it."""
+    """Draw a bar of peak memory split by kind, in the order of `KINDS`, with its sum next to it."""
     left = 0.0
     for (_, _, colour, hatch), width in zip(KINDS, parts, strict=True):
         axes.barh(
@@ -236,13 +236,13 @@ def stack(axes: Axes, place: float, parts: Sequence[float]) -> None:
 
 
 def kinds_legend(figure: Figure) -> None:
-    """Say which colour is which kind of memory."""
+    """Add a legend of the kinds of memory."""
     handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="white") for _, _, colour, hatch in KINDS]
     legend(figure, handles, [label for _, label, _, _ in KINDS])
 
 
 def method_legend(figure: Figure, look: dict[str, Style], titles: dict[str, str]) -> None:
-    """Say how each method is drawn."""
+    """Add a legend of the methods."""
     handles = [
         Line2D(
             [],

@@ -1,8 +1,8 @@
 """Figures of a study, sized for a two-column paper (6.75 or 3.25 inches wide), as pdf and png.
 
-A method has the same colour, marker and line style in every figure; they differ in grey print, too. Files
-carry no dates and no versions, so that the same records give the same bytes. A figure with more than
-`PER_PAGE` tasks or partitions goes on in further files: `<name>.pdf`, `<name>_2.pdf`, ...
+A method has the same colour, marker and line style in every figure, and styles differ in grey, too. Files
+contain no dates and no versions, so that the same records give the same bytes. A figure with more than
+`PER_PAGE` tasks or partitions continues in further files: `<name>.pdf`, `<name>_2.pdf`, ...
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -68,13 +68,13 @@ def make(
     """Draw all figures of a study as pdf and png; return their paths.
 
     Args:
-        runs_path, rounds_path: what `results.collect` wrote.
+        runs_path, rounds_path: the files of `results.collect`.
         partition_paths: partition files; of each task and partition the lowest seed is drawn.
         titles: display title of each method label, in the order of the legend.
         destination: folder for the files; their names are those of `names`.
-        expected: the study's runs (task, partition, method, seed), in its order; empty takes what there is.
-        controls: names of methods that are no competitors (the front of a trade-off leaves them out); None
-            asks the method files.
+        expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
+        controls: names of methods that are not competitors (left out of the front of a trade-off); None:
+            as the method files define.
 
     Raises:
         UserError: a file cannot be read.

@@ -32,7 +32,7 @@ def over_heterogeneity(scene: Scene, look: dict[str, Style], tasks: list[str]) -
             if some.empty:
                 axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", color="#777777")
                 continue
-            # Equal scores of several methods stand beside each other.
+            # Equal scores of several methods are drawn next to each other.
             positions = some.groupby("partition")[skew].mean()
             alone = numpy.ptp(positions) == 0
             beside = (0.1 if alone else 0.03 * float(numpy.ptp(positions))) / len(scene.methods)
@@ -66,7 +66,7 @@ def over_heterogeneity(scene: Scene, look: dict[str, Style], tasks: list[str]) -
 
 
 def _name_positions(axes: Axes, positions: pandas.Series) -> None:
-    """Name the partitions above the panel, at their measured skew; neighbours share one name tag."""
+    """Name the partitions above the panel, at their measured skew; close neighbours share a label."""
     positions = positions.sort_values(kind="stable")
     low, high = axes.get_xlim()
     groups: list[tuple[list[float], list[str]]] = []
@@ -79,7 +79,7 @@ def _name_positions(axes: Axes, positions: pandas.Series) -> None:
     for x in positions:
         axes.axvline(x, color="#cccccc", linewidth=0.5, zorder=0)
     for xs, labels in groups:
-        # Neighbours are shortened each, so that none of them disappears.
+        # Each neighbour's name is shortened, so that none disappears.
         text = ", ".join(shorten(label, 28 if len(labels) == 1 else 14) for label in labels)
         axes.annotate(
             shorten(text, 44),
@@ -96,7 +96,7 @@ def _name_positions(axes: Axes, positions: pandas.Series) -> None:
 
 
 def trade_off(scene: Scene, look: dict[str, Style], cells: list[tuple[str, str]]) -> Figure:
-    """Test score against bytes, memory and compute; the grey line is what no competitor beats in both."""
+    """Test score against bytes, memory and compute; the grey line joins what no competitor beats in both."""
     figure, grid = panels(len(cells), 3, sharey="row", sharex="col")
     costs = [
         ("bytes", "sent up and down (MB)", 1e6),

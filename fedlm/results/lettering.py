@@ -28,7 +28,7 @@ def methods_legend(figure: Figure, scene: Scene, look: dict[str, Style], methods
 
 
 def measure(scene: Scene, task: str) -> tuple[str, float]:
-    """Return the name of a task's score, with unit, and what scores are multiplied with for display."""
+    """Return the name of a task's score, with unit, and the factor by which scores are multiplied for display."""
     runs = scene.runs[scene.runs["task"] == task]
     if runs.empty:
         return "score", 1.0
@@ -41,7 +41,7 @@ def measure(scene: Scene, task: str) -> tuple[str, float]:
 
 
 def empty(axes: Axes, text: str = "no runs") -> None:
-    """Write in a panel why it is empty, and remove its ticks and grid."""
+    """Write the reason into an empty panel, and remove its ticks and grid."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -49,7 +49,7 @@ def empty(axes: Axes, text: str = "no runs") -> None:
 
 
 def shorten(text: str, longest: int = 26) -> str:
-    """Cut a text to so many letters, the last of them an ellipsis."""
+    """Cut a text to so many letters, the last one an ellipsis."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -67,5 +67,5 @@ def partition_title(scene: Scene, task: str, partition: str, columns: int) -> st
 
 
 def letters_above(columns: int) -> int:
-    """Return how many letters fit above a panel, where there are so many beside each other."""
+    """Return how many letters fit above one of so many panels in a row."""
     return {1: 40, 2: 50, 3: 34}.get(columns, 25)

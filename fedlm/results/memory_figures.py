@@ -38,7 +38,7 @@ def memory(scene: Scene, tasks: list[str]) -> Figure:
 
 
 def memory_by_block(scene: Scene, look: dict[str, Style], tasks: list[str]) -> Figure:
-    """Peak memory of a turn by the block that it trains; level lines are methods without blocks."""
+    """Peak memory of a turn by the block that it trains; horizontal lines are methods without blocks."""
     figure, grid = panels(1, len(tasks), height=1.75, sharey=True)
     unit, word = memory_unit(scene.runs["peak_memory_bytes"].max())
     methods = set()
@@ -90,6 +90,6 @@ def memory_by_block(scene: Scene, look: dict[str, Style], tasks: list[str]) -> F
 
 
 def _block_order(block: str) -> tuple:
-    """Order blocks by number; a turn of several blocks ("0+1") stands with its first."""
+    """Order blocks by number; a turn of several blocks ("0+1") is placed at its first."""
     first = block.partition("+")[0]
     return (0, int(first), block) if first.isdigit() else (1, 0, block)

@@ -64,7 +64,7 @@ def draw_partitions(
 
 
 def _label_colours(count: int) -> numpy.ndarray:
-    # From dark to light, so that labels can be told apart in grey, too.
+    # From dark to light, so that labels can be distinguished in grey, too.
     return matplotlib.colormaps["viridis"](numpy.linspace(0.0, 0.95, max(1, count)))
 
 

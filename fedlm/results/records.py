@@ -1,6 +1,6 @@
-"""From run records to two tables: one row a run, and one row a run and round.
+"""From run records to two tables: one row per run, and one row per run and round.
 
-The records (one JSON file a run) are the source of truth. What is compiled from them is only a convenience:
+The records (one JSON file per run) are the source of truth. The compiled files are only a convenience:
 the same records give the same bytes, and deleting the compiled files loses nothing.
 """
 
@@ -18,7 +18,7 @@ from fedlm.base.errors import UserError
 from fedlm.base.files import write_atomically
 
 RECORD_VERSION: Final = 1
-# Rows of rounds that are held before they are compressed: bounds the memory, whatever the number of records.
+# Rows of rounds that are held before they are compressed: bounds the memory for any number of records.
 ROWS_IN_MEMORY = 50_000
 
 KEYS = ["study", "task", "partition", "method", "seed"]
@@ -73,7 +73,7 @@ class _Memory(_Part):
     parameter_bytes: int | None
     gradient_bytes: int | None
     optimizer_bytes: int | None
-    method_bytes: int | None = 0  # what a method holds itself; older records have none
+    method_bytes: int | None = 0  # what a method holds itself; older records do not have it
     activation_bytes: int | None
 
 
@@ -173,14 +173,14 @@ def collect(records: Iterable[Path], rounds_path: Path, runs_path: Path) -> int:
 
     Args:
         records: paths of run records, in any order.
-        rounds_path: where one row a run and round goes; round 0 is the untrained server model. Bytes, FLOPs
+        rounds_path: file with one row per run and round; round 0 is the untrained server model. Bytes, FLOPs
             and seconds are cumulated from the first round on.
-        runs_path: where one row a run goes. Besides the fixed columns there is `test_<metric>` for every
+        runs_path: file with one row per run. Besides the fixed columns there is `test_<metric>` for every
             metric on the test split, and `extra_<name>` for every number that a method reports of its own.
 
     Raises:
-        UserError: a file that is no finished record of this version, two records of one run, or records that
-            may not be compared since their data, partition or model differ; names the file.
+        UserError: a file is not a finished record of this version, two records are of the same run, or records
+            cannot be compared since their data, partition or model differ; names the file.
     """
     paths = sorted({Path(path) for path in records}, key=_natural_order)
     if not paths:
@@ -239,7 +239,7 @@ def _natural_order(path: Path) -> list:
 
 
 def _same_origin(record: _Record, path: Path, origins: dict) -> None:
-    """Refuse two records of one run, and runs that would be compared although their origins differ."""
+    """Refuse two records of one run, and runs that would be compared although their data or models differ."""
     source = record.provenance
     run = (record.study, record.task, record.partition, record.method, record.seed)
     if (run, "run") in origins:
@@ -318,12 +318,12 @@ def _add_rounds(rows: dict[str, list], record: _Record) -> None:
 
 
 def load_runs(path: Path) -> pandas.DataFrame:
-    """Return `runs.parquet` as a frame; raise UserError where it is absent or of another layout."""
+    """Return `runs.parquet` as a frame; raise UserError if it is absent or of another layout."""
     return _load(path, _RUN_SCHEMA)
 
 
 def load_rounds(path: Path) -> pandas.DataFrame:
-    """Return `rounds.parquet` as a frame; raise UserError where it is absent or of another layout."""
+    """Return `rounds.parquet` as a frame; raise UserError if it is absent or of another layout."""
     return _load(path, _ROUND_SCHEMA.names)
 
 

@@ -1,4 +1,4 @@
-"""Published numbers, read from config/reference.yaml, beside ours."""
+"""Published numbers, read from config/reference.yaml, next to ours."""
 
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ class Source(Settings):
     model: str
     note: str
     quantity: Literal["score", "memory"]
-    tasks: list[str] = []  # what rows of task "all" are the mean of
+    tasks: list[str] = []  # the tasks that rows of task "all" average over
     rows: list[dict[str, str | float]]
 
 
@@ -36,7 +36,7 @@ class Sources(Settings):
 
 
 def read_reference(path: Path = REFERENCE) -> list[Source]:
-    """Read published numbers; raise UserError naming the place where the file is wrong."""
+    """Read published numbers; raise UserError naming the place of an error."""
     try:
         found = Sources.model_validate(yaml.safe_load(Path(path).read_text()))
     except OSError as error:
@@ -121,11 +121,11 @@ def reference_table(scene: Scene, path: Path = REFERENCE) -> Table:
             "GB is 1e9 bytes.",
         )
     else:
-        notes.insert(0, "No published number is at hand for a task and model of this study.")
+        notes.insert(0, "There are no published numbers for a task and model of this study.")
     fields = ["task", "quantity", "method", "division", "origin", "value"]
     return Table(
         "reference",
-        "Published numbers beside ours",
+        "Published numbers next to ours",
         pandas.DataFrame(numbers, columns=fields),
         pandas.DataFrame(cells, columns=columns),
         numpy.zeros((len(cells), len(columns)), dtype=bool),

@@ -58,7 +58,7 @@ class Scene(NamedTuple):
         """Order the runs as the study lists them; runs that it does not list are left out.
 
         `controls` names the methods that bound or explain the others: they are shown and marked, and cannot
-        be the best. None asks the method files.
+        be the best. None: as the method files define.
         """
         if controls is None:
             from fedlm.study.plugins import discover_methods
@@ -80,7 +80,7 @@ class Scene(NamedTuple):
             ]
 
         methods = order("method", list(titles))
-        # Two labels with one title would be one row to the reader's eye.
+        # Two labels with the same title would look like one row.
         shown = [titles.get(method, method) for method in methods]
         titles = {
             method: title if shown.count(title) == 1 else f"{title} ({method})"
@@ -120,7 +120,7 @@ class Scene(NamedTuple):
         return self.titles[method] + ("†" if method in self.controls else "")
 
     def notes(self) -> list[str]:
-        """Return what every table says below itself: controls, missing runs, origin."""
+        """Return the notes below every table: controls, missing runs, origin."""
         notes = []
         if self.controls:
             notes.append("† Control: shown for comparison, not a competitor, never marked as best.")
@@ -133,7 +133,7 @@ class Scene(NamedTuple):
                 "All missing runs are listed in missing.csv."
             )
         if self.left_out:
-            notes.append(f"{self.left_out} records that the study does not ask for are left out.")
+            notes.append(f"{self.left_out} records that are not in the study are left out.")
         if len(self.runs):
             commits = sorted({commit[:12] for commit in self.runs["commit"]})
             made = f"Made by commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"

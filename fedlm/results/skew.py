@@ -13,7 +13,7 @@ from fedlm.results.typeset import Table, spread
 def skew_table(scene: Scene) -> Table:
     """The measured skew of each partition."""
     numbers, cells = [], []
-    # Every method of a cell has the same partitions, so one run a seed says it all.
+    # All methods of a cell have the same partitions, so one run per seed is enough.
     runs = scene.runs.drop_duplicates(["task", "partition", "seed"])
     for task in scene.tasks:
         for partition in scene.partitions:
@@ -32,8 +32,8 @@ def skew_table(scene: Scene) -> Table:
             cells.append({**cell, "Seeds": str(len(own))})
     columns = ["Task", "Partition", "Scheme", "Label divergence (bit)", "Size inequality (Gini)", "Seeds"]
     notes = [
-        "Label divergence: Jensen-Shannon divergence of a client's labels from all clients' labels, mean "
-        "over examples; 0 is IID. Gini coefficient of the clients' numbers of examples; 0 is equal. Mean ± "
+        "Label divergence: Jensen-Shannon divergence of a client's labels from all clients' labels, weighted "
+        "by examples; 0 is IID. Gini coefficient of the clients' numbers of examples; 0 is equal. Mean ± "
         "standard deviation over seeds.",
         *scene.notes(),
     ]

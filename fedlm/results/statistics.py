@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 class Comparison(NamedTuple):
     """A paired comparison: n pairs, mean difference, its 95% confidence interval, and p of a paired t-test.
 
-    Interval and p are NaN where the differences are all the same, since they then have no spread to judge by.
+    Interval and p are NaN if all differences are the same, since there is no spread then.
     """
 
     n: int
@@ -36,7 +36,7 @@ def interquartile_mean(cells: Sequence[numpy.ndarray], resamples: int = RESAMPLE
     """Return the interquartile mean of all scores, with a 95% stratified bootstrap interval.
 
     The mean is over the middle half of all scores of all cells. The bootstrap draws seeds with replacement
-    within each cell (task x partition), so that it speaks of the chance in seeds and not of that in tasks
+    within each cell (task x partition), so that it reflects the variation between seeds, not between tasks
     (Agarwal et al. 2021, arXiv:2108.13264). Its draws come from a named stream: the same scores give the same
     interval.
 
@@ -65,7 +65,7 @@ def compare(ours: numpy.ndarray, theirs: numpy.ndarray) -> Comparison:
     """
     differences = numpy.asarray(ours, dtype=float) - numpy.asarray(theirs, dtype=float)
     n, mean = len(differences), float(differences.mean())
-    # Equal differences come out with a spread of rounding errors only.
+    # Equal differences have a spread of rounding errors only.
     if numpy.ptp(differences) <= 1e-12 * max(1.0, numpy.abs(differences).max()):
         return Comparison(n, mean, numpy.nan, numpy.nan, numpy.nan)
     test = scipy.stats.ttest_1samp(differences, 0.0)
@@ -74,7 +74,7 @@ def compare(ours: numpy.ndarray, theirs: numpy.ndarray) -> Comparison:
 
 
 def adjust(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Benjamini and Hochberg); NaN stays NaN."""
+    """Return p-values adjusted for multiple tests (Benjamini and Hochberg); NaN stays NaN."""
     values = numpy.asarray(p_values, dtype=float)
     adjusted = numpy.full(len(values), numpy.nan)
     known = ~numpy.isnan(values)

@@ -2,8 +2,8 @@
 
 The csv files hold plain numbers in base units (bytes, FLOPs, seconds, scores as the metric gives them). The
 others hold the same numbers rounded and with units: traffic in MB (1e6 bytes), memory in MiB (2**20 bytes),
-compute in TFLOP (1e12), scores in points (times 100) unless smaller is better. Every table names the runs
-that are missing. The same records give the same bytes.
+compute in TFLOP (1e12), scores in points (times 100) unless smaller is better. Every table lists the missing
+runs. The same records give the same bytes.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -37,11 +37,11 @@ def make(
     """Write all tables of a study as csv, md and tex, and `missing.csv`; return their paths.
 
     Args:
-        runs_path, rounds_path: what `results.collect` wrote.
-        expected: the study's runs (task, partition, method, seed), in its order; empty takes what there is.
+        runs_path, rounds_path: the files of `results.collect`.
+        expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
         titles: display title of each method label, in the order of the rows.
         destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `NAMES`.
-        controls: names of methods that are no competitors; None asks the method files.
+        controls: names of methods that are not competitors; None: as the method files define.
         against: label of the method that the others are compared with in pairs; by default that of FedAvg.
         reference_path: published numbers.
 

@@ -7,12 +7,12 @@ import numpy
 import pandas
 from tabulate import tabulate
 
-WIDTH = 118  # columns of a terminal that a table may fill
+WIDTH = 118  # width of a table in a terminal, in characters
 LONGEST_FLOAT = 40  # rows; a longer LaTeX table breaks over pages
 
 
 class Table(NamedTuple):
-    """One table in two forms: `numbers` for programs, and `cells` of text for readers.
+    """One table in two forms: `numbers` for programs, and `cells` of text for people.
 
     `best` holds a row of booleans for each row of `cells`; `groups` counts the leading columns whose
     repetitions are left blank.
@@ -62,7 +62,7 @@ def spread(values: pandas.Series | numpy.ndarray, decimals: int | None = None) -
 
 
 def _without_repetitions(cells: pandas.DataFrame, groups: int) -> pandas.DataFrame:
-    """Blank a leading cell that says the same as the one above it."""
+    """Blank a leading cell that repeats the one above it."""
     shown = cells.copy()
     same = numpy.ones(len(cells), dtype=bool)
     for column in cells.columns[:groups]:
@@ -97,7 +97,7 @@ _TEXT_COLUMNS = {
     "Origin",
     "Division of the data",
 }
-# What LaTeX gives a meaning, and what its standard fonts lack.
+# Special characters of LaTeX, and characters that its standard fonts lack.
 _ESCAPES = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -121,7 +121,7 @@ _ESCAPES = str.maketrans(
 
 
 def _latex_heading(heading: str) -> str:
-    """Set the unit below the name, which saves width."""
+    """Put the unit below the name, which saves width."""
     name, bracket, unit = heading.translate(_ESCAPES).partition(" (")
     return f"\\shortstack[r]{{{name}\\\\({unit}}}" if bracket else name
 
@@ -135,7 +135,7 @@ def latex(table: Table) -> str:
     cells = _without_repetitions(table.cells, table.groups).map(lambda text: text.translate(_ESCAPES))
     best, sections = table.best, None
     if table.groups > 1:
-        # The first column becomes lines of their own, which saves its width.
+        # The first column becomes separate lines, which saves its width.
         best, sections, cells = best[:, 1:], cells.iloc[:, 0], cells.iloc[:, 1:]
     align = "".join("l" if column in _TEXT_COLUMNS else "r" for column in cells.columns)
     cells.columns = [_latex_heading(column) for column in cells.columns]
@@ -154,7 +154,7 @@ def latex(table: Table) -> str:
         start = "\\midrule"
     lines = text.rstrip("\n").split("\n")
     body = lines.index(start) + 1
-    # From the last row to the first, so that places stay right.
+    # From the last row to the first, so that indices stay valid.
     for row in range(len(cells) - 1, -1, -1):
         if sections is not None and sections.iloc[row]:
             lines.insert(

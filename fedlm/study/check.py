@@ -1,4 +1,4 @@
-"""Everything that can be checked before the first job: data, models, and what methods ask of them."""
+"""Everything that can be checked before the first job: data, models, and what methods require of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -51,7 +51,7 @@ def check(study: Study) -> None:
             kind_of_method = study.found.methods[chosen.method]
             if kind not in kind_of_method.kinds:
                 faults.append(
-                    f"methods.{name}: does not serve {path}, which is {kind}; allowed: "
+                    f"methods.{name}: does not support {path}, which is {kind}; allowed: "
                     f"{', '.join(kind_of_method.kinds)} (or name its tasks with methods.{name}.tasks)"
                 )
                 continue
@@ -65,15 +65,15 @@ def check(study: Study) -> None:
                     f"{positions - 8}, which leaves 8 positions for the text"
                 )
     if not any(True for _ in study.runs()):
-        faults.append("methods: no run is left; allowed: at least one method for a task and a partition")
+        faults.append("methods: no run remains; allowed: at least one method for a task and a partition")
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
 
 
 def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -> None:
-    """Check that the task can be divided as the study asks, as far as that is known without its data."""
+    """Check that the task can be partitioned as in the study, as far as that is known without its data."""
     labels, groups = task.count_labels(), None if task.has_groups else 0
-    most = getattr(task.config, "train_examples", None)  # there may be fewer, which the data say later
+    most = getattr(task.config, "train_examples", None)  # there may be fewer, which only the data show
     for name, config in study.partitions.items():
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
         attempt(

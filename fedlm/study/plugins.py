@@ -1,6 +1,6 @@
-"""Methods and tasks are found by looking into folders; nothing is registered anywhere.
+"""Methods and tasks are found in folders; nothing has to be registered.
 
-The repository's own lie in `methods/` and `tasks/`. A study may name further folders, whose files hold
+The repository's own are in `methods/` and `tasks/`. A study may name further folders, whose files hold
 methods, tasks or both.
 """
 
@@ -47,7 +47,7 @@ def find(folders: Sequence[Path] = ()) -> Found:
     """Return the repository's methods and tasks together with those of further folders.
 
     The Python files of the folders are imported, so their code runs. Raises UserError with one line for each
-    folder or file at fault.
+    bad folder or file.
     """
     methods, tasks = dict(discover_methods()), dict(discover_tasks())
     faults, seen = [], set()
@@ -71,13 +71,13 @@ def find(folders: Sequence[Path] = ()) -> Found:
 
 
 def plugin_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that hold plug-ins: all of Python whose name does not begin with _.
+    """Return the files of a folder that hold plug-ins: all Python files whose name does not begin with _.
 
-    Raises UserError where the folder is not there, is no folder, or holds no such file.
+    Raises UserError if the folder does not exist, is not a folder, or has no such file.
     """
     allowed = "a folder with Python files that hold methods or tasks"
     if not folder.is_dir():
-        raise UserError(f"{folder}: {'a file' if folder.exists() else 'not there'}; allowed: {allowed}")
+        raise UserError(f"{folder}: {'a file' if folder.exists() else 'does not exist'}; allowed: {allowed}")
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".py" and path.name[0] not in "_.")
     except OSError as error:
@@ -90,13 +90,13 @@ def plugin_files(folder: Path) -> list[Path]:
 
 
 def method_in(path: Path) -> type[Method]:
-    """Return the method in one file, which may lie anywhere; the file is imported.
+    """Return the method in one file, which may be anywhere; the file is imported.
 
-    Raises UserError where the path is not a Python file with exactly one method, or its name is taken.
+    Raises UserError if the path is not a Python file with exactly one method, or its name is taken.
     """
     allowed = "a Python file with one method"
     if path.suffix != ".py" or not path.is_file():
-        found = "a folder" if path.is_dir() else "not a Python file" if path.exists() else "not there"
+        found = "a folder" if path.is_dir() else "not a Python file" if path.exists() else "does not exist"
         raise UserError(f"{path}: {found}; allowed: {allowed}")
     methods = discover_methods()
     if path.resolve().parent == ROOT / "methods" and path.stem in methods:
@@ -110,7 +110,7 @@ def method_in(path: Path) -> type[Method]:
 
 @cache
 def discover_methods(folder: Path = ROOT / "methods") -> dict[str, type[Method]]:
-    """Return the methods found in a folder of methods alone, by name, which is the file's.
+    """Return the methods in a folder that holds only methods, by name, which is the file's.
 
     Raises UserError for a file that does not hold exactly one method.
     """
@@ -125,9 +125,9 @@ def discover_methods(folder: Path = ROOT / "methods") -> dict[str, type[Method]]
 
 @cache
 def discover_tasks(folder: Path = ROOT / "tasks") -> dict[str, type[Task]]:
-    """Return the tasks found in a folder of tasks alone, by name, sorted.
+    """Return the tasks in a folder that holds only tasks, by name, sorted.
 
-    Raises UserError where a file cannot be imported, or two tasks have one name.
+    Raises UserError if a file cannot be imported, or two tasks have the same name.
     """
     found: dict[str, type[Task]] = {}
     for path in sorted(folder.glob("[!_]*.py")):
@@ -148,7 +148,7 @@ def is_own(kind: type) -> bool:
 
 
 def _add(path: Path, methods: dict[str, type[Method]], tasks: dict[str, type[Task]]) -> None:
-    """Add what a plug-in file holds to what is known by name."""
+    """Add the methods and tasks of a plug-in file to those found so far."""
     if not NAME.fullmatch(path.stem):
         raise UserError(
             f"{path}: the file's name is the plug-in's; allowed: up to 64 letters, digits, _ and -, then .py"
@@ -157,7 +157,7 @@ def _add(path: Path, methods: dict[str, type[Method]], tasks: dict[str, type[Tas
     named = [task for task in _defined_in(path, Task) if "name" in vars(task)]
     if len(classes) > 1:
         names = ", ".join(one.__name__ for one in classes)
-        raise UserError(f"{path}: holds {len(classes)} methods ({names}); allowed: one a file")
+        raise UserError(f"{path}: holds {len(classes)} methods ({names}); allowed: one per file")
     if not classes and not named:
         raise UserError(
             f"{path}: holds no method and no task; allowed: a class derived from Method, or from Task with a "
@@ -175,7 +175,7 @@ def _add(path: Path, methods: dict[str, type[Method]], tasks: dict[str, type[Tas
 
 def _named(method: type[Method], path: Path) -> type[Method]:
     if not method.title:
-        raise UserError(f"{path}: {method.__name__}.title is empty; it names the table's row")
+        raise UserError(f"{path}: {method.__name__}.title is empty; it names the row in tables")
     method.name = path.stem
     return method
 
@@ -195,7 +195,7 @@ def _check_task(task: type[Task], path: Path) -> None:
 
 
 def _take(word: str, name: str, kind: type, path: Path, known: dict) -> None:
-    """Enter a method or task under its name, which must be free."""
+    """Add a method or task under its name, which must not be taken."""
     if name in known:
         holder = file_of(known[name])
         shadows = f"built in ({holder.relative_to(ROOT)})" if is_own(known[name]) else f"taken by {holder}"
@@ -218,7 +218,7 @@ def _defined_in(path: Path, base: type[Plugin]) -> list[type[Plugin]]:
 
 
 def _load(path: Path) -> ModuleType:
-    """Import a Python file once, as a module of its folder, so that it can import the files beside it."""
+    """Import a Python file once, as a module of its folder, so that it can import the files next to it."""
     path = path.resolve()
     name = f"{_package(path.parent)}.{path.stem}"
     if name in sys.modules:
@@ -241,8 +241,8 @@ def _load(path: Path) -> ModuleType:
 def _package(folder: Path) -> str:
     """Return the name of the package of a folder's files.
 
-    The folders of the repository have their own names. Any other has one made of its path, so that folders
-    never collide with each other or with an installed package.
+    The folders of the repository have their own names. Any other gets one derived from its path, so that
+    folders never collide with each other or with an installed package.
     """
     if folder in OWN:
         return folder.name
@@ -257,7 +257,7 @@ def _package(folder: Path) -> str:
 
 @contextmanager
 def _no_bytecode(wanted: bool) -> Iterator[None]:
-    """Leave no `__pycache__` in a reader's folder."""
+    """Leave no `__pycache__` in a user's folder."""
     before = sys.dont_write_bytecode
     sys.dont_write_bytecode = before or wanted
     try:
@@ -267,7 +267,7 @@ def _no_bytecode(wanted: bool) -> Iterator[None]:
 
 
 def _reason(error: BaseException, path: Path) -> str:
-    """Return one line on why an import failed, with the line of the file where it did."""
+    """Return one line on why an import failed, with the line number in the file."""
     if isinstance(error, SyntaxError) and error.filename:
         elsewhere = f"{error.filename} " if Path(error.filename).resolve() != path else ""
         return printable(f"{elsewhere}line {error.lineno}: {error.msg}", 300)

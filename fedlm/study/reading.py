@@ -1,4 +1,4 @@
-"""From the content of a study file to a study, with every fault named by the path of its key."""
+"""From the content of a study file to a study; every error is reported with the path of its key."""
 
 import difflib
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from fedlm.study.yaml_files import printable, read_yaml, shown
 LARGEST_STUDY = 1_000_000  # runs
 MOST_PLUGIN_FOLDERS = 100
 
-LONGEST_LIST = 50  # faults that are told at once
+LONGEST_LIST = 50  # errors that are reported at once
 
 
 class _Reader:
-    """Collects every fault of a study file, each with the path of its key."""
+    """Collects every error in a study file, each with the path of its key."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
@@ -32,7 +32,7 @@ class _Reader:
         self.faults.append(f"{path}: {message}")
 
     def message(self, where: str) -> str:
-        """Return the faults, or the first of very many, one a line."""
+        """Return the errors, or the first of very many, one per line."""
         rest = len(self.faults) - LONGEST_LIST
         lines = self.faults[:LONGEST_LIST] + ([f"and {rest} more"] if rest > 0 else [])
         return "\n".join(f"{where}: {line}" for line in lines)
@@ -58,11 +58,11 @@ class _Reader:
         folded: dict[str, str] = {}
         for label in good:
             if folded.setdefault(label.lower(), label) != label:
-                self.fault(key, f"labels {folded[label.lower()]!r} and {label!r} differ in case only")
+                self.fault(key, f"labels {folded[label.lower()]!r} and {label!r} differ only in case")
         return good
 
     def parse(self, path: str, kind: Any, values: Any) -> Any:
-        """Validate `values` as `kind`; on a fault note it and return None."""
+        """Validate `values` as `kind`; record an error and return None if they are not valid."""
         try:
             return TypeAdapter(kind).validate_python(values)
         except ValidationError as error:
@@ -100,7 +100,7 @@ def load(path: str | Path) -> Study:
 def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
     """Validate the content of a study file; `where` begins each message.
 
-    `folder` is where the file lies: paths under `plugins` are relative to it. The plug-ins are imported.
+    `folder` is the file's folder: paths under `plugins` are relative to it. The plug-ins are imported.
     """
     reader = _Reader()
     known = {
@@ -132,7 +132,7 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
         for name, entry in reader.section(values, "partitions").items()
     }
     found = _plugins(reader, values.get("plugins"), folder)
-    if found is None:  # the names of methods and tasks mean nothing without the plug-ins
+    if found is None:  # methods and tasks cannot be looked up without the plug-ins
         raise UserError(reader.message(where))
     tasks = {
         name: _task(reader, name, entry, plain, found.tasks)
@@ -154,8 +154,8 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
 def of_record(record: dict[str, Any], plugins: list[str] | None = None) -> Study:
     """Return the study of the one run that a record describes.
 
-    `plugins` are the folders of its plug-ins; by default those that the record names. Raises UserError where
-    the record cannot be the one of a run.
+    `plugins` are the folders of its plug-ins; by default those that the record names. Raises UserError if
+    the record cannot be that of a run.
     """
     try:
         found = record["config"]
@@ -164,7 +164,7 @@ def of_record(record: dict[str, Any], plugins: list[str] | None = None) -> Study
         values |= {"study": record["study"], "seeds": [record["seed"]]}
         values["plugins"] = record.get("plugins", []) if plugins is None else plugins
     except (KeyError, TypeError) as error:
-        raise UserError(f"record: no configuration of a run ({error})") from error
+        raise UserError(f"record: not the configuration of a run ({error})") from error
     return parse(values, "record")
 
 
@@ -180,7 +180,7 @@ def _seeds(reader: _Reader, seeds: Any) -> list[int]:
 
 
 def _plugins(reader: _Reader, value: Any, folder: Path) -> plugins.Found | None:
-    """Return the methods and tasks that the study may use; where there is a fault, note it, return None."""
+    """Return the methods and tasks that the study may use; record an error and return None if one is bad."""
     good = value is None or isinstance(value, list) and len(value) <= MOST_PLUGIN_FOLDERS
     if not good or not all(isinstance(path, str) and path and path.isprintable() for path in value or ()):
         reader.fault("plugins", f"{shown(value)}; allowed: a list of folders")

@@ -67,7 +67,7 @@ def schema() -> str:
             "pipeline": optional(Pipeline),
             "plugins": {
                 "anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string", "minLength": 1}}],
-                "description": "folders with methods and tasks of one's own, relative to the study file",
+                "description": "folders with your own methods and tasks, relative to the study file",
             },
             "tasks": {
                 "type": "object",
@@ -94,7 +94,7 @@ def schema() -> str:
             },
         },
     }
-    # An editor cannot know the settings of plug-ins: with them, an entry may be any table.
+    # The schema cannot know the settings of plug-ins: in a study with plug-ins, an entry may be any table.
     tree["if"] = {"required": ["plugins"]}
     tree["then"] = {
         "properties": {

@@ -25,7 +25,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
 
 class Pipeline(Settings):
-    """What a job of the pipeline asks for."""
+    """What a job of the pipeline requests."""
 
     threads: int = Field(1, ge=1, le=1024, description="processor cores of one job")
     runs_per_job: int = Field(1, ge=1, le=10_000, description="runs that share one process")
@@ -35,13 +35,13 @@ class Pipeline(Settings):
         60.0,
         ge=0,
         le=86_400,
-        description="a run is saved after the first round that ends so long after the last save",
+        description="a run is saved after the first round that ends at least this long after the last save",
     )
     gpus: int = Field(0, ge=0, le=64, description="GPUs of one training job")
 
 
 class TaskEntry(Settings):
-    """One label under `tasks:`; the task's own settings stand beside these keys."""
+    """One label under `tasks:`; the task's own settings are given next to these keys."""
 
     task: str
     settings: Any
@@ -51,7 +51,7 @@ class TaskEntry(Settings):
 
 
 class MethodEntry(Settings):
-    """One label under `methods:`; the method's own settings stand beside these keys."""
+    """One label under `methods:`; the method's own settings are given next to these keys."""
 
     method: str
     settings: Any
@@ -95,7 +95,7 @@ class RunConfig(Settings):
     training: Training
 
     def plugins(self) -> list[str]:
-        """Return the folders from outside the repository that the run's method and task lie in.
+        """Return the folders outside the repository that hold the run's method and task.
 
         The paths are relative to the working directory, as those of a study's data are.
         """
@@ -103,7 +103,7 @@ class RunConfig(Settings):
         return sorted({os.path.relpath(file_of(kind).parent) for kind in kinds if not is_own(kind)})
 
     def resolved(self) -> dict[str, Any]:
-        """Return the configuration as plain values, as a record states it."""
+        """Return the configuration as plain values, as stored in a record."""
         return {
             "model": self.model.model_dump(mode="json"),
             "task": {"task": self.task, **self.task_settings.model_dump(mode="json")},
@@ -146,7 +146,7 @@ class Study(Settings):
     def named(self, paths: Iterable[str]) -> list[Run]:
         """Return the runs of these paths (task/partition/method/seed<k>), in their order.
 
-        Raises UserError for a path that is none of the study's runs.
+        Raises UserError for a path that is not one of the study's runs.
         """
         paths, known = list(paths), {run.path: run for run in self.runs()}
         for path in paths:

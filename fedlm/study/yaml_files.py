@@ -1,4 +1,4 @@
-"""Study files are YAML, read so that nothing in them can surprise: no code, no repeated keys, no aliases."""
+"""Study files are YAML, read strictly: no code, no repeated keys, no aliases."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ LARGEST_FILE = 1 << 18  # bytes; what fits is read in seconds
 
 
 def printable(text: str, longest: int) -> str:
-    """Return a text as a part of one line: short, and without control characters."""
+    """Return a text that fits into one line: short, and without control characters."""
     text = text if len(text) <= longest else f"{text[: longest - 3]}..."
     return text if text.isprintable() else repr(text)[1:-1]
 
@@ -22,12 +22,12 @@ def shown(value: Any) -> str:
         return printable(repr(value), 80)
     except RecursionError:
         return "a value nested too deeply"
-    except ValueError:  # Python does not write out whole numbers of thousands of digits
+    except ValueError:  # Python refuses to print integers of thousands of digits
         return "a number with too many digits"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error and aliases are refused (they can explode)."""
+    """Safe YAML in which repeated keys are errors and aliases are refused (they can expand without bound)."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
-        """Refuse numbers in base 60 (1:30 is 90 in YAML 1.1) and endless ones, which take minutes to read."""
+        """Refuse numbers in base 60 (1:30 is 90 in YAML 1.1) and long ones, which take minutes to read."""
         text = str(self.construct_scalar(node))
         if ":" in text or len(text) > 100:
             line = node.start_mark.line + 1
@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); allowed: a YAML study file") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-        # PyYAML raises anything where a value is not what its tag says (!!int "").
+        # PyYAML raises any error where a value does not match its tag (!!int "").
         reason = printable(" ".join(str(error).split()), 300)
         raise UserError(f"{path}: not valid YAML: {reason or type(error).__name__}") from error
     except RecursionError as error:

@@ -207,7 +207,7 @@ def disturb(cluster: Cluster, place: Path, study: Path, settings: dict) -> None:
     assert status == 0, said
     for method, round in reached.items():
         log = (place / f"results/tiny/logs/train/films/iid/{method}/seed1.log").read_text()
-        resumed = re.search(r"resumed after round (\d+)/|(was finished before)", log)
+        resumed = re.search(r"resumed after round (\d+)/|(already finished)", log)
         assert resumed[2] or int(resumed[1]) >= round
     status, said = Controller.on_slurm(place, study).finish()
     assert (status, "Nothing to be done" in said) == (0, True)

@@ -1,4 +1,4 @@
-# The study, the paths, and what the rules ask of both.
+# The study, the paths, and helpers for the rules.
 
 import hashlib
 import json
@@ -29,15 +29,15 @@ os.environ.update(
 
 
 def submitted():
-    """Return whether jobs are submitted to a cluster, or this is such a job. Not known before jobs are planned."""
+    """Return whether jobs go to a cluster, or this is such a job. Only known once jobs are planned."""
     return workflow.non_local_exec or workflow.remote_exec
 
 
 def study_file():
-    """Return the path of the one study file: Snakemake would merge several, and a default with them."""
+    """Return the path of the study file. Only one: Snakemake would merge several, and a default with them."""
     if workflow.config_settings.config:
         raise UserError(
-            "--config: not allowed; settings stand in the study file given by --configfile"
+            "--config: not allowed; settings belong in the study file given by --configfile"
         )
     files = workflow.overwrite_configfiles
     if len(files) > 1:
@@ -48,7 +48,7 @@ def study_file():
 
 
 try:
-    # A Path and no text: where the study lies is no reason to run a job again.
+    # A Path, not a string: where the study file is must not cause a job to run again.
     STUDY_FILE = study_file()
     study = fedlm.study.reading.load(STUDY_FILE)
     if workflow.is_main_process:
@@ -84,7 +84,7 @@ def digest(*parts):
 
 @cache
 def sources(*names):
-    """Return a hash of the meaning of source files and all that they import, named below the repository's root.
+    """Return a hash of the meaning of source files and all that they import, given below the repository's root.
 
     A comment, a docstring and formatting do not count.
     """
@@ -93,14 +93,14 @@ def sources(*names):
 
 @cache
 def methods_used():
-    """Return a hash of the meaning of the study's method files, which hold titles and what is a control."""
+    """Return a hash of the meaning of the study's method files, which define titles and controls."""
     names = {entry.method for entry in study.methods.values()}
     files = [file_of(study.found.methods[name]) for name in names]
     return syntax_hash(with_imports(files))
 
 
 def own_files(wildcards):
-    """Return the reader's own files of a task and its model: when they change, all after them is made again."""
+    """Return the user's own files of a task and its model: when they change, everything after them is redone."""
     model = study.tasks[wildcards.task].model or study.model
     return [str(path) for path in (*study.task(wildcards.task).files(), *model.files())]
 
@@ -139,9 +139,9 @@ def run_depends_on(task, partition, method):
 
 
 def bundles(runs, largest):
-    """Cut runs into lists of at most `largest` that share a process: of one task and method, which ask alike.
+    """Group runs into lists of at most `largest` that share a process: of one task and method, with equal needs.
 
-    A bundle also ends before its command line becomes longer than a system takes (128 kB on Linux).
+    A bundle also ends before its command line exceeds the system's limit (128 kB on Linux).
     """
     groups = {}
     for run in runs:
@@ -152,24 +152,24 @@ def bundles(runs, largest):
             yield group[start : start + size]
 
 
-# What a job on a cluster holds beside the method's own tensors: Python with PyTorch and Transformers, the data, and
+# What a job on a cluster needs besides the method's tensors: Python with PyTorch and Transformers, the data, and
 # the two Snakemake processes that watch it.
 PROCESS_MB = 2000
 
 
 def predictions(wildcards):
-    """Return the cost prediction, which says how much memory to ask a cluster for; on one machine nobody asks.
+    """Return the cost prediction, from which cluster jobs request memory; on one machine there is none.
 
-    Its age does not matter to a record: hence `ancient`.
+    Its age does not matter to a record, hence `ancient`.
     """
     return [ancient(PREDICTIONS)] if submitted() else []
 
 
 def memory_mb(task, method, predictions, attempt):
-    """Return the memory of a training job in MB: as predicted, or else as the study says.
+    """Return the memory of a training job in MB: as predicted, or else as set in the study.
 
-    Beside the client's turn the process holds the exchanged parameters five times: the server's first and
-    current values, the running sum, a payload, and a checkpoint on its way to the disk; and twice what clients
+    Besides the client's turn the process holds the exchanged parameters five times: the server's first and
+    current values, the running sum, a payload, and a checkpoint being written; and twice what clients
     keep between their turns. On a GPU job the turn's memory is the GPU's, and the weights only pass through.
     Each further attempt gets half as much again.
     """
@@ -183,11 +183,11 @@ def memory_mb(task, method, predictions, attempt):
     return int(needed * (1 + 0.5 * (attempt - 1)))
 
 
-def draw_what_there_is():
+def draw_finished_runs():
     """Make tables and figures of the finished runs after others have failed."""
     steps = [
         f"python3 -m fedlm {step} --config {shlex.quote(str(STUDY_FILE))}"
         for step in ("collect", "tables", "figures")
     ]
-    steps.append(f"echo 'Made of the finished runs: {RESULTS}/tables, {FIGURES}'")
+    steps.append(f"echo 'Made from the finished runs: {RESULTS}/tables, {FIGURES}'")
     shell(" && ".join(steps) + " || true")

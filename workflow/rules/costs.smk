@@ -21,8 +21,8 @@ rule predict:
             ],
         ),
     message:
-        "Predicting what each method asks for"
-    # Without a prediction the jobs still run: they ask for what the study says.
+        "Predicting what each method needs"
+    # Without a prediction the jobs still run: they request what the study sets.
     shell:
         "{{ python3 -m fedlm costs --config {params.study:q} --predictions {output}"
         " || [ -s {output} ] || echo '{{}}' > {output}; }} 2>&1 | tee {log}"

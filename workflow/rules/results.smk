@@ -1,4 +1,4 @@
-# From the records to what a reader looks at.
+# From the records to tables, figures and pages.
 
 from fedlm.results.figures import names
 
@@ -94,7 +94,7 @@ rule figures:
         "python3 -m fedlm figures --config {params.study:q} 2>&1 | tee {log}"
 
 
-# Snakemake's report shows pages and pictures, but offers csv and Markdown only for download.
+# Snakemake's report displays pages and pictures, but offers csv and Markdown only for download.
 rule pages:
     input:
         expand(f"{RESULTS}/tables/{{table}}.md", table=list(TABLES)),

@@ -1,4 +1,4 @@
-# The runs: one job each, or several in one process where the study says so (pipeline.runs_per_job), since
+# The runs: one job each, or several in one process where the study sets pipeline.runs_per_job, since
 # starting Python with PyTorch takes longer than a tiny run.
 
 

@@ -1,4 +1,4 @@
-"""Turn Markdown tables into web pages for Snakemake's report: TABLE.md... PAGE.html..., as many of both."""
+"""Turn Markdown tables into web pages for Snakemake's report: TABLE.md... PAGE.html..., one each."""
 
 import sys
 from pathlib import Path
@@ -25,8 +25,8 @@ PAGE = """<!DOCTYPE html>
 
 
 def page(markdown: str, title: str) -> str:
-    """Return a web page that stands alone: nothing in it is loaded from elsewhere."""
-    # HTML in a label or title is shown, not obeyed.
+    """Return a self-contained web page: it loads nothing from elsewhere."""
+    # HTML in a label or title is shown as text, not interpreted.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return PAGE.format(title=title, style=STYLE, body=body)
 
