@@ -180,7 +180,7 @@ def test_what_a_killed_write_left_is_removed(checkpoints):
     assert [path.name for path in checkpoints.folder.iterdir()] == ["record.json"]
 
 
-def test_too_little_memory_to_read_one_is_no_reason_to_begin_anew(checkpoints, monkeypatch):
+def test_too_little_memory_to_read_one_is_no_reason_to_start_over(checkpoints, monkeypatch):
     written(checkpoints, 1)
 
     def fails(path):

@@ -211,7 +211,7 @@ def test_what_is_trained_always_arrives_exactly(operator, cache, place, quick):
         assert numpy.isfinite(run.test["loss"])
 
 
-def books(run) -> tuple:
+def outcome(run) -> tuple:
     """Return everything but times."""
     rounds = [{key: value for key, value in row.items() if key != "seconds"} for row in run.rounds]
     return rounds, run.test, run.flops, run.instruments.memory, payload.encode(run.server.tensors).sha256()
@@ -241,7 +241,7 @@ def test_a_resumed_run_gives_the_same_bytes(operator, cache, place, tmp_path, re
         federation(place, operator, log=stop, **options).run(checkpoints)
     resumed = federation(place, operator, **options)
     resumed.run(checkpoints)
-    assert books(resumed) == books(whole)
+    assert outcome(resumed) == outcome(whole)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Costs are foretold: bytes and FLOPs exactly, memory within 1%, for every method in the folder."""
+"""Costs are predicted: bytes and FLOPs exactly, memory within 1%, for every method in the folder."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def padded(monkeypatch):
     monkeypatch.setattr(Prepared, "batch", with_padding)
 
 
-def foretell(run, place, model=None, family="bert", positions=None):
+def predicted(run, place, model=None, family="bert", positions=None):
     """Return the costs of a federation of tests/worlds.py, without its weights."""
     kind = run.data.kind
     method = type(run.method)(run.method.config, run.method.clients, run.seed)
@@ -66,7 +66,7 @@ def foretell(run, place, model=None, family="bert", positions=None):
 
 
 def agree(run, found, within=0.01):
-    """Compare what was foretold with what was measured."""
+    """Compare what was predicted with what was measured."""
     ledger = run.ledger
     assert found.upload_bytes == ledger.upload
     assert found.download_bytes == ledger.download
@@ -89,7 +89,7 @@ def ran(name, place, **options):
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
 def test_prediction_is_measurement_for_every_method(name, settings, place, padded):
     run = ran(name, place, **defaults(name, settings))
-    found = foretell(run, place)
+    found = predicted(run, place)
     agree(run, found)
     assert found.exchanged == sum(run.server.tensors[name].numel() for name in run.method.exchanged)
 
@@ -97,14 +97,14 @@ def test_prediction_is_measurement_for_every_method(name, settings, place, padde
 @pytest.mark.parametrize(("name", "family", "kind"), KINDS)
 def test_prediction_is_measurement_in_each_family_and_kind(name, family, kind, place, padded):
     run = ran(name, place, family=family, kind=kind, rounds=1, **defaults(name, {}))
-    agree(run, foretell(run, place, family=family))
+    agree(run, predicted(run, place, family=family))
 
 
 @pytest.mark.parametrize("family", ["bloom", "glm", "mobillama"])
 @pytest.mark.parametrize("name", ["fedavg", "fedcybgd", "fedlora"])
 def test_prediction_is_measurement_in_further_families(name, family, place, padded):
     run = ran(name, place, family=family, kind="causal", rounds=1)
-    agree(run, foretell(run, place, family=family))
+    agree(run, predicted(run, place, family=family))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_prediction_is_measurement_in_further_families(name, family, place, padd
 )
 def test_prediction_is_measurement_under_every_lever(options, place, padded):
     run = ran("fedcybgd", place, **options)
-    agree(run, foretell(run, place, options.get("model")))
+    agree(run, predicted(run, place, options.get("model")))
 
 
 def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp_path):
@@ -229,7 +229,7 @@ def test_predictions_for_the_jobs_of_a_study(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--model", "roberta_base", "--length", 600], "--length: 600; allowed: at most 512"),
         (["--model", "bert_huge"], "model: unknown label 'bert_huge'"),
@@ -243,9 +243,9 @@ def test_predictions_for_the_jobs_of_a_study(tmp_path):
     ],
     ids=str,
 )
-def test_bad_input_ends_in_one_line(arguments, told, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fedlm", "costs", *map(str, arguments)])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert program.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and told in line
+    assert line.startswith("error: ") and message in line

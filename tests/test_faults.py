@@ -245,8 +245,8 @@ def waits_after_round(number: int, action):
 
         save = Checkpoints.save
 
-        def saves(self, round, tensors, books):
-            save(self, round, tensors, books)
+        def saves(self, round, tensors, plain):
+            save(self, round, tensors, plain)
             if round == number:
                 print("waiting", flush=True)
                 until = time.monotonic() + forked.LONGEST
@@ -310,8 +310,8 @@ def test_too_little_memory(undisturbed, tmp_path):
 
         save = Checkpoints.save
 
-        def saves(self, round, tensors, books):
-            save(self, round, tensors, books)
+        def saves(self, round, tensors, plain):
+            save(self, round, tensors, plain)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), -1))
             torch.ones(1 << 26)  # 256 MB

@@ -271,9 +271,9 @@ def test_clients_of_the_last_visit_share_what_is_the_same(place):
 def test_the_books_survive_json(place):
     run = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
     run.run()
-    books = json.loads(json.dumps(run.link.state()))
+    plain = json.loads(json.dumps(run.link.state()))
     fresh = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
-    fresh.link.restore(books)
+    fresh.link.restore(plain)
     assert fresh.link.seen == run.link.seen and fresh.link.seen[0]
     exact = {exactly for seen in run.link.seen.values() for _, exactly in seen.values()}
     assert exact == {True, False}

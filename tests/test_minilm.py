@@ -73,7 +73,7 @@ def test_a_turn_of_each_method(name, news):
     )
     if name in UPLOADS:
         assert run.ledger.upload == UPLOADS[name]
-    foretold = prediction.predict(
+    predicted = prediction.predict(
         kind(kind.Config(), 2, 1),
         MINILM,
         "classification",
@@ -83,7 +83,7 @@ def test_a_turn_of_each_method(name, news):
         run.settings,
         run.training,
     )
-    assert (foretold.upload_bytes, foretold.download_bytes) == (run.ledger.upload, run.ledger.download)
-    assert foretold.broadcast_bytes == run.ledger.broadcast_size
-    assert foretold.flops == run.flops
-    assert foretold.peak.peak == pytest.approx(memory.peak, rel=0.01)
+    assert (predicted.upload_bytes, predicted.download_bytes) == (run.ledger.upload, run.ledger.download)
+    assert predicted.broadcast_bytes == run.ledger.broadcast_size
+    assert predicted.flops == run.flops
+    assert predicted.peak.peak == pytest.approx(memory.peak, rel=0.01)

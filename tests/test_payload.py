@@ -22,7 +22,7 @@ entries = st.dictionaries(
 
 
 @given(entries, st.sampled_from(list(payload.PRECISIONS)))
-def test_bytes_are_those_of_safetensors_and_size_foretells_them(described, precision):
+def test_bytes_are_those_of_safetensors_and_size_predicts_them(described, precision):
     tensors = {name: torch.ones(shape).to(kind) for name, (kind, shape) in described.items()}
     message = encode(tensors, precision)
     assert len(message) == size(tensors, precision)
@@ -69,14 +69,14 @@ def test_quantized_tensors_are_within_half_a_step(rows, columns, channels, seed)
     assert ((restored - tensor).abs() <= step * 0.5001).all()
 
 
-def test_sizes_are_foretold_without_values():
+def test_sizes_are_known_without_values():
     with torch.device("meta"):
         tensor = torch.empty(6, 10)
-    foretold = size({"w": Pruned(tensor, None, 12), "v": Quantized(tensor, 1)})
+    expected = size({"w": Pruned(tensor, None, 12), "v": Quantized(tensor, 1)})
     real, mask = torch.randn(6, 10), torch.arange(60).view(6, 10) % 5 == 0
-    assert foretold == len(encode({"w": Pruned(real, mask), "v": Quantized(real, 1)}))
+    assert expected == len(encode({"w": Pruned(real, mask), "v": Quantized(real, 1)}))
     parts = {"w": Pruned(tensor, None, 12), "v": Quantized(tensor, 1)}
-    assert foretold == len(encode(parts))
+    assert expected == len(encode(parts))
     assert all(
         v.is_meta and v.shape == (6, 10) for v in decode(encode(parts), {"w": tensor, "v": tensor}).values()
     )
