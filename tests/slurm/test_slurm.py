@@ -116,7 +116,7 @@ def test_study_on_slurm(cluster, tmp_path):
         tmp_path / "own",
         "tiny",
         methods={"fedavg": None, "diverging": {"method": "fedavg", "training": diverging}},
-        pipeline={"minutes": 7, "threads": 2, "gpus": 1},
+        pipeline={"minutes": 7, "threads": 2, "gpus": 1, "checkpoint_seconds": 0},
     )
     place = tmp_path / "slurm"
     controller = Controller.on_slurm(place, study, "--retries=0")
@@ -147,7 +147,9 @@ def test_whatever_happens_to_a_job_the_result_is_the_same(cluster, tmp_path):
         "federation": {"clients": 4, "rounds": ROUNDS},
         "methods": {"long": {"method": "fedavg", "training": {"local_epochs": 8}}, "fedcybgd": None},
     }
-    study = tiny_study.write(tmp_path / "own", "tiny", pipeline={"minutes": 1}, **settings)
+    study = tiny_study.write(
+        tmp_path / "own", "tiny", pipeline={"minutes": 1, "checkpoint_seconds": 0}, **settings
+    )
     place = tmp_path / "slurm"
     predictions = place / "results/tiny/costs/predictions.json"
     predictions.parent.mkdir(parents=True)
@@ -192,7 +194,7 @@ def disturb(cluster: Cluster, place: Path, study: Path, settings: dict) -> None:
     assert records(place) == {}
 
     # The second Snakemake: each continues where it was. With the node daemon its jobs are lost.
-    tiny_study.write(study.parent, "tiny", pipeline={"minutes": 15}, **settings)
+    tiny_study.write(study.parent, "tiny", pipeline={"minutes": 15, "checkpoint_seconds": 0}, **settings)
     controller = Controller.on_slurm(place, study)
     try:
         for method in ("fedcybgd", "long"):
