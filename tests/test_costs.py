@@ -31,7 +31,7 @@ GIB = 2**30
 ROOT = Path(__file__).parent.parent
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fedlm.models.loading import load
 GIB = 2**30
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
