@@ -141,7 +141,7 @@ def test_a_resolved_configuration_is_a_study_again():
         ({"partitions": {"A": {"scheme": "iid"}, "a": {"scheme": "iid"}}}, "'A' and 'a' differ only in case"),
         (
             {"tasks": {"own": {"task": "files", "train": "no.csv", "text": ["a"], "label": "b"}}},
-            "tasks.own: train: no.csv: there is no such file",
+            "tasks.own: train: no.csv: no such file",
         ),
     ],
 )  # fmt: skip
