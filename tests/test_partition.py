@@ -204,7 +204,7 @@ def test_examples_move_from_the_largest_client_and_are_counted():
         ({"scheme": "iid", "min_examples": 10}, 91, "enough for 90 clients"),
         ({"scheme": "iid"}, 0, "clients: 0"),
         ({"scheme": "labels", "labels_per_client": 3}, 5, "labels_per_client: 3.*allowed: 1 to 2"),
-        ({"scheme": "labels", "labels_per_client": 1}, 1, "at least 2 labels a client"),
+        ({"scheme": "labels", "labels_per_client": 1}, 1, "at least 2 labels per client"),
     ],
 )
 def test_what_cannot_be_divided_is_an_error_that_names_the_key(scheme, clients, words):
