@@ -17,10 +17,10 @@ LONGEST = 120  # seconds; a child that takes longer hangs
 
 
 class Ended(NamedTuple):
-    """How a child ended: its exit status (minus the signal that killed it), and what it said."""
+    """How a child ended: its exit status (minus the signal that killed it), and its output."""
 
     status: int
-    said: str
+    output: str
 
 
 class Child:
@@ -36,8 +36,8 @@ class Child:
         if self.pid == 0:
             status = 70
             try:
-                output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(output, 1), os.dup2(output, 2)
+                log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(log, 1), os.dup2(log, 2)
                 sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
                 sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
                 try:
@@ -66,12 +66,12 @@ class Child:
             if time.monotonic() - self.started >= limit:
                 self.kill()
                 _, status = os.waitpid(self.pid, 0)
-                assert kill_after is not None, f"the child hung: {self.said()}"
+                assert kill_after is not None, f"the child hung: {self.output()}"
                 break
             time.sleep(0.002)
-        return Ended(os.waitstatus_to_exitcode(status), self.said())
+        return Ended(os.waitstatus_to_exitcode(status), self.output())
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return what the child wrote so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 

@@ -31,15 +31,15 @@ def test_the_page_shows_fedprox_in_full():
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         ("x = 1\n", "holds 0 methods"),
         ("from fedlm.federation.method import Method\nclass A(Method): pass\n", "A.title"),
     ],
 )
-def test_a_file_that_holds_no_method_is_named(code, said, tmp_path):
+def test_a_file_that_holds_no_method_is_named(code, message, tmp_path):
     name = f"broken_{len(code)}.py"
     (tmp_path / name).write_text(code)
     with pytest.raises(UserError) as error:
         discover_methods(tmp_path)
-    assert name in str(error.value) and said in str(error.value)
+    assert name in str(error.value) and message in str(error.value)

@@ -193,7 +193,7 @@ def test_too_little_memory_to_read_one_is_no_reason_to_start_over(checkpoints, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [1, 2])
-def test_a_run_falls_back_one_round_or_begins_anew_and_ends_the_same(damaged, place, tmp_path):
+def test_a_run_falls_back_one_round_or_starts_over_and_ends_the_same(damaged, place, tmp_path):
     whole = worlds.federation("fedavg", place, rounds=3)
     whole.run()
     lines = []

@@ -1,4 +1,4 @@
-"""Study files: what is read, what overrides what, what is refused and how it is said."""
+"""Study files: what is read, what overrides what, what is refused and with which message."""
 
 import copy
 import json
@@ -113,7 +113,7 @@ def test_a_resolved_configuration_is_a_study_again():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"federation": {"clients": 0}}, "federation.clients: 0; Input should be greater than or equal to 1"),
         ({"federation": {"clients": True}}, "federation.clients: True; Input should be a valid integer"),
@@ -145,12 +145,12 @@ def test_a_resolved_configuration_is_a_study_again():
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_place_value_and_what_is_allowed(changes, said):
+def test_a_message_names_the_place_the_value_and_what_is_allowed(changes, message):
     found = faults(changed(**changes))
-    assert any(said in fault for fault in found), found
+    assert any(message in fault for fault in found), found
 
 
-def test_all_faults_are_told_at_once_and_very_many_are_cut_short():
+def test_all_faults_are_reported_at_once_and_very_many_are_cut_short():
     found = faults(changed(federation={"clients": 0, "rounds": 0}, seeds=[-1]))
     assert len(found) == 3
     many = faults(changed(training={f"k{number}": 1 for number in range(500)}))

@@ -249,17 +249,17 @@ def test_fedprox_adds_the_gradient_of_its_term(place):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("term", "the loss is nan"), ("shape", "has shape (1, 16); allowed: (256, 16)")]
+    ("fault", "message"), [("term", "the loss is nan"), ("shape", "has shape (1, 16); allowed: (256, 16)")]
 )
-def test_a_fault_names_method_round_and_client(fault, said, place):
+def test_a_fault_names_method_round_and_client(fault, message, place):
     run = worlds.federation(Broken, place)
     run.method.fault = fault
     with pytest.raises(FailedRun, match=r"round 1, client 1: ") as error:
         run.run()
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_method_whose_training_leaves_out_a_segment_is_told(place):
+def test_a_method_whose_training_leaves_out_a_segment_is_reported(place):
     class Forgetful(FedAvg):
         title = "Forgetful"
 

@@ -1,4 +1,4 @@
-"""Full disks, short memory, read-only folders, others at work: what is lost, and what is said."""
+"""Full disks, short memory, read-only folders, others at work: what is lost, and what is reported."""
 
 import contextlib
 import csv
@@ -63,9 +63,9 @@ def goes_on(study, folder, expected, rounds_before=0) -> None:
     """The run is made again without the fault, from where it was, and ends as if nothing had been."""
     assert not list(folder.rglob("*.part"))
     ended = forked.run(make(study, folder), folder.parent / "log")
-    assert ended.status == 0, ended.said
+    assert ended.status == 0, ended.output
     assert hashed(record(folder)) == expected
-    assert ended.said.count(": round ") == ROUNDS - rounds_before
+    assert ended.output.count(": round ") == ROUNDS - rounds_before
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(operat
     results = tmp_path / "results"
     ended = forked.run(fails_at(operation, "fsync", errno.ENOSPC, make(study, results)), tmp_path / "log")
     assert ended.status == 1
-    last = ended.said.splitlines()[-1]
+    last = ended.output.splitlines()[-1]
     assert (
         last.startswith(f"error: {results}/")
         and "the disk is full; nothing that was finished is lost" in last
     )
-    assert "Traceback" not in ended.said
+    assert "Traceback" not in ended.output
     written = len(list(results.rglob("*.checkpoint")))
-    finished = ended.said.count(": round ")
+    finished = ended.output.count(": round ")
     assert written == min(max(operation - 5, 0), 2) or operation > 4 + ROUNDS
     goes_on(study, results, expected, rounds_before=min(max(operation - 5, 0), ROUNDS) if finished else 0)
 
@@ -129,7 +129,7 @@ def test_a_limit_on_the_size_of_files(undisturbed, tmp_path):
     limited = forked.limited(resource.RLIMIT_FSIZE, largest, make(study, results))
     ended = forked.run(limited, results.parent / "log")
     assert ended.status == 1
-    assert "round-000001.checkpoint: the file would be larger" in ended.said.splitlines()[-1]
+    assert "round-000001.checkpoint: the file would be larger" in ended.output.splitlines()[-1]
     goes_on(study, results, expected)
 
 
@@ -152,7 +152,7 @@ def test_a_disk_that_is_really_full(undisturbed, tmp_path):
     with mounted(results, "size=64k"):
         ended = forked.run(make(study, results), tmp_path / "log")
         assert ended.status == 1
-        assert "the disk is full; nothing that was finished is lost" in ended.said.splitlines()[-1]
+        assert "the disk is full; nothing that was finished is lost" in ended.output.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=8m", str(results)], check=True)
         goes_on(study, results, expected)
 
@@ -166,13 +166,13 @@ def test_results_that_are_read_only(undisturbed, tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
         ended = forked.run(make(study, results), tmp_path / "log")
         assert ended.status == 1
-        assert "the file system is read-only; nothing" in ended.said.splitlines()[-1]
+        assert "the file system is read-only; nothing" in ended.output.splitlines()[-1]
         assert sorted(results.rglob("*")) == before and hashed(record(results)) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (errno.EROFS, "is read-only"),
         (errno.EACCES, "permission denied"),
@@ -180,11 +180,11 @@ def test_results_that_are_read_only(undisturbed, tmp_path):
         (errno.EIO, "disk"),
     ],
 )
-def test_a_file_that_cannot_be_opened(number, said, undisturbed, tmp_path):
+def test_a_file_that_cannot_be_opened(number, message, undisturbed, tmp_path):
     study, expected = undisturbed
     results = tmp_path / "results"
     ended = forked.run(fails_at(6, "replace", number, make(study, results)), tmp_path / "log")
-    assert ended.status == 1 and said in ended.said.splitlines()[-1]
+    assert ended.status == 1 and message in ended.output.splitlines()[-1]
     goes_on(study, results, expected, rounds_before=1)
 
 
@@ -192,7 +192,7 @@ def test_a_file_where_the_results_should_be(undisturbed, tmp_path):
     study, _ = undisturbed
     (tmp_path / "results").write_text("mine")
     ended = forked.run(make(study, tmp_path / "results"), tmp_path / "log")
-    assert ended.status == 1 and "a file is where a folder should be" in ended.said
+    assert ended.status == 1 and "a file is where a folder should be" in ended.output
     assert (tmp_path / "results").read_text() == "mine"
 
 
@@ -260,7 +260,7 @@ def waits_after_round(number: int, action):
 
 
 def when_it_waits(child: forked.Child) -> forked.Child:
-    while "waiting" not in child.said():
+    while "waiting" not in child.output():
         assert time.monotonic() - child.started < forked.LONGEST
         time.sleep(0.01)
     return child
@@ -294,8 +294,8 @@ def test_ctrl_c_is_no_traceback(undisturbed, tmp_path):
     child.kill(signal.SIGINT)
     ended = child.end()
     assert ended.status == 130
-    assert "Traceback" not in ended.said
-    last = ended.said.splitlines()[-1]
+    assert "Traceback" not in ended.output
+    last = ended.output.splitlines()[-1]
     assert last.startswith("interrupted; a run continues from its last completed round")
     goes_on(study, results, expected, rounds_before=3)
 
@@ -320,8 +320,8 @@ def test_too_little_memory(undisturbed, tmp_path):
         make(study, results)()
 
     ended = forked.run(act, tmp_path / "log")
-    assert ended.status == 1, ended.said
-    assert "out of memory; the run continues from its last completed round" in ended.said.splitlines()[-1]
+    assert ended.status == 1, ended.output
+    assert "out of memory; the run continues from its last completed round" in ended.output.splitlines()[-1]
     goes_on(study, results, expected, rounds_before=1)
 
 
@@ -330,7 +330,7 @@ def test_an_error_in_the_code_keeps_its_traceback(tmp_path):
         raise RuntimeError("a mistake")
 
     ended = forked.run(act, tmp_path / "log")
-    assert "Traceback" in ended.said and "a mistake" in ended.said
+    assert "Traceback" in ended.output and "a mistake" in ended.output
     assert describe(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
 
 
@@ -344,16 +344,16 @@ def test_two_processes_on_one_run_make_it_once(undisturbed, tmp_path):
     results = tmp_path / "results"
     first = when_it_waits(forked.Child(waits_after_round(1, make(study, results)), tmp_path / "first"))
     second = forked.Child(make(study, results), tmp_path / "second")
-    while "another process" not in second.said():
+    while "another process" not in second.output():
         assert time.monotonic() - second.started < forked.LONGEST
         time.sleep(0.01)
     first.kill()
     first.end()
     # The dead one's lock is gone with it: the second goes on from where the first was.
     ended = second.end()
-    assert ended.status == 0, ended.said
-    assert "films/iid/fedavg/seed1: another process is running it; waiting for it to finish" in ended.said
-    assert "resumed after round 1/4" in ended.said
+    assert ended.status == 0, ended.output
+    assert "films/iid/fedavg/seed1: another process is running it; waiting for it to finish" in ended.output
+    assert "resumed after round 1/4" in ended.output
     assert hashed(record(results)) == expected
 
 
@@ -363,8 +363,8 @@ def test_the_second_of_two_processes_takes_the_record_of_the_first(undisturbed, 
     children = [forked.Child(make(study, results), tmp_path / f"log{number}") for number in range(3)]
     ended = [child.end() for child in children]
     assert [one.status for one in ended] == [0, 0, 0]
-    assert sum(one.said.count(": round ") for one in ended) == ROUNDS
-    assert sum("already finished; its record is restored" in one.said for one in ended) == 2
+    assert sum(one.output.count(": round ") for one in ended) == ROUNDS
+    assert sum("already finished; its record is restored" in one.output for one in ended) == 2
     assert hashed(record(results)) == expected
 
 
@@ -376,7 +376,7 @@ def test_different_runs_do_not_wait_for_each_other(undisturbed, tmp_path):
     other = forked.run(make(study, results, RUN._replace(method="head_only")), tmp_path / "other")
     first.kill()
     first.end()
-    assert other.status == 0 and "another process" not in other.said
+    assert other.status == 0 and "another process" not in other.output
 
 
 @pytest.mark.slow
@@ -391,12 +391,12 @@ def test_two_snakemakes_on_one_study(tmp_path):
     while not list(tmp_path.glob("results/tiny/tasks/*")):
         assert thread.is_alive(), first
         time.sleep(0.1)
-    status, said = place.snakemake()
+    status, output = place.snakemake()
     thread.join()
-    assert status == 1 and "Directory cannot be locked" in said
+    assert status == 1 and "Directory cannot be locked" in output
     assert first[0][0] == 0, first[0][1]
-    status, said = place.snakemake()
-    assert (status, "Nothing to be done" in said) == (0, True)
+    status, output = place.snakemake()
+    assert (status, "Nothing to be done" in output) == (0, True)
     assert len(place.records()) == 2
 
 
@@ -416,7 +416,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
 
 def changed_study(folder, change) -> tuple:
-    """Make a run, change what it depends on, make it again; return both records and what was said."""
+    """Make a run, change what it depends on, make it again; return both records and the log."""
     path = tiny_study.write(folder, examples=60, federation={"clients": 2, "rounds": 1})
     make(load(path), folder / "results")()
     before = record(folder / "results")
@@ -531,7 +531,7 @@ def test_a_record_is_enough_to_make_the_run_again(tmp_path):
 
     (tmp_path / "data.csv").unlink()
     done = fedlm("rerun", path, cwd=tmp_path)
-    assert done.returncode == 2 and "data.csv: there is no such file" in done.stderr
+    assert done.returncode == 2 and "data.csv: no such file" in done.stderr
     path.write_text("{}")
     done = fedlm("rerun", path, cwd=tmp_path)
     assert done.returncode == 2 and "record.json: not a run's record" in done.stderr

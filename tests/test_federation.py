@@ -397,7 +397,7 @@ class Faulty(Method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("nan", "the update of classifier.weight is not finite"),
         ("infinite", "the update of classifier.weight is not finite"),
@@ -406,11 +406,11 @@ class Faulty(Method):
         ("huge", "classifier.weight: shape (1000, 1000)"),
     ],
 )
-def test_a_bad_update_fails_the_run_and_names_round_and_client(fault, said, place):
+def test_a_bad_update_fails_the_run_and_names_round_and_client(fault, message, place):
     run = worlds.federation(Faulty, place, fault=fault)
     with pytest.raises(FailedRun) as error:
         run.run()
-    assert "round 1, client 1" in str(error.value) and said in str(error.value)
+    assert "round 1, client 1" in str(error.value) and message in str(error.value)
 
 
 def test_a_truncated_update_fails_the_run(place, monkeypatch):

@@ -79,12 +79,12 @@ def test_killed_at_random_moments_and_none_lost_and_none_different(method, study
             ended = forked.Child(execute(study, folder, run, place), folder / "log").end(
                 kill_after=draw.uniform(0, 1.2 * duration)
             )
-            resumed += "resumed after round" in ended.said
+            resumed += "resumed after round" in ended.output
             if ended.status == 0:
                 break
             # Killed, and nothing worse: the run itself never fails.
-            assert ended.status == -signal.SIGKILL, ended.said
-            assert "is not used" not in ended.said
+            assert ended.status == -signal.SIGKILL, ended.output
+            assert "is not used" not in ended.output
             kills += 1
         record = json.loads(folders.record(run).read_text())
         assert comparable(record) == comparable(expected)
@@ -133,13 +133,13 @@ def test_killed_at_each_operation_on_files(study):
         ended = forked.run(killed_at(operation, execute(study, folder, run, place)), folder / "log")
         if ended.status == 0:
             break
-        assert ended.status == -signal.SIGKILL, ended.said
-        rounds_before = ended.said.count(": round ")
+        assert ended.status == -signal.SIGKILL, ended.output
+        rounds_before = ended.output.count(": round ")
         again = forked.run(execute(study, folder, run, place), folder / "log")
-        assert again.status == 0, again.said
+        assert again.status == 0, again.output
         assert comparable(json.loads(folders.record(run).read_text())) == comparable(expected)
         # At most the round that was not yet saved is made again.
-        assert again.said.count(": round ") <= FEDERATION["rounds"] - max(rounds_before - 1, 0)
-        assert "is not used" not in again.said
+        assert again.output.count(": round ") <= FEDERATION["rounds"] - max(rounds_before - 1, 0)
+        assert "is not used" not in again.output
         operation += 1
     assert operation > 2 * FEDERATION["rounds"]

@@ -268,7 +268,7 @@ def test_clients_of_the_last_visit_share_what_is_the_same(place):
     assert {value.data_ptr() for value in kept} == {value.data_ptr() for value in run.server.tensors.values()}
 
 
-def test_the_books_survive_json(place):
+def test_the_state_survives_json(place):
     run = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
     run.run()
     plain = json.loads(json.dumps(run.link.state()))

@@ -45,25 +45,25 @@ def plain(tmp_path_factory):
 
 
 def outcome(read) -> str | None:
-    """Return what is said of a study, None if it is valid; anything but UserError escapes."""
+    """Return the error message of a study, None if it is valid; anything but a UserError is raised."""
     started = time.monotonic()
     try:
         study = read()
         check(study)
         for _, run in zip(range(100), study.runs(), strict=False):
             study.run(*run).resolved()
-        said = None
+        message = None
     except UserError as error:
-        said = str(error)
-        assert said.strip()
-        for line in said.splitlines():
+        message = str(error)
+        assert message.strip()
+        for line in message.splitlines():
             assert line.isprintable() and len(line) < 1500 and ": " in line, line
     assert time.monotonic() - started < SLOWEST
-    return said
+    return message
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files that are no study. Each with a word that must be said of it.
+# Files that are not studies, each with a part of the expected message.
 
 EXPLODES = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     b"%c: &%c [%s]\n" % (97 + i, 97 + i, b",".join([b"*%c" % (96 + i)] * 9)) for i in range(1, 20)
@@ -138,11 +138,11 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_no_study(name, tmp_path):
-    content, said = FILES[name]
+    content, message = FILES[name]
     path = tmp_path / "study.yaml"
     path.write_bytes(content)
     found = outcome(lambda: reading.load(path))
-    assert found and said in found
+    assert found and message in found
     assert all(line.startswith(f"{path}: ") for line in found.splitlines())
 
 
@@ -211,9 +211,9 @@ def test_every_nasty_value_at_every_place(plain):
         if not path:
             continue
         for value in draw.sample(NASTY, 40):
-            said = outcome(read(put(plain, path, value)))
-            refused += said is not None
-            assert said is None or any(str(key) in said for key in path), (path, value, said)
+            message = outcome(read(put(plain, path, value)))
+            refused += message is not None
+            assert message is None or any(str(key) in message for key in path), (path, value, message)
             tried += 1
     assert tried > 2000 and refused > 0.7 * tried
 
@@ -300,7 +300,7 @@ BY_COMMAND = ["not UTF-8", "aliases that explode", "Python object", "nested list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BY_COMMAND)
-def test_the_command_line_says_it_and_exits_with_2(name, tmp_path):
+def test_the_command_line_prints_it_and_exits_with_2(name, tmp_path):
     path = tmp_path / "study.yaml"
     path.write_bytes(FILES[name][0])
     done = fedlm("check", path)
@@ -379,17 +379,17 @@ def through(values, folder):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_data_that_are_odd(name, plain, tmp_path):
-    rows, said = TABLES[name]
+    rows, message = TABLES[name]
     with (tmp_path / "data.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     values = study_of(plain, tmp_path / "data.csv")
-    if said is None:
+    if message is None:
         record = through(values, tmp_path / "results")
         assert 0 <= record["test_score"] <= 1
         return
     with pytest.raises(UserError) as error:
         through(values, tmp_path / "results")
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 CONTENTS = {
@@ -420,12 +420,12 @@ CONTENTS = {
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_files_that_cannot_be_read(name, plain, tmp_path):
-    content, ending, said = CONTENTS[name]
+    content, ending, message = CONTENTS[name]
     path = tmp_path / f"data{ending}"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         through(study_of(plain, path), tmp_path / "results")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert not list(tmp_path.rglob("examples.parquet"))
 
 

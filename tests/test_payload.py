@@ -105,7 +105,7 @@ EXPECTED = {"a": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "reason"),
     [
         (b"x", "not a payload"),
         (b"\xff" * 64, "not a payload"),
@@ -123,10 +123,10 @@ EXPECTED = {"a": torch.zeros(2, 3), "n": torch.zeros(2, dtype=torch.int64)}
         (save({"a#other": torch.zeros(2)}), "stray part"),
     ],
 )
-def test_a_bad_message_is_named(message, said):
+def test_a_bad_message_is_named(message, reason):
     with pytest.raises(PayloadError) as error:
         decode(message, EXPECTED)
-    assert said in str(error.value)
+    assert reason in str(error.value)
 
 
 @given(st.binary(max_size=400))

@@ -44,7 +44,7 @@ class Place:
         return tiny_study.write(self.folder / "own", "tiny", **{**self.changes, **changes})
 
     def snakemake(self, *arguments: str) -> tuple[int, str]:
-        """Run Snakemake on the study; return its exit status and all it said."""
+        """Run Snakemake on the study; return its exit status and output."""
         command = [
             sys.executable,
             "-m",
@@ -70,9 +70,9 @@ class Place:
 
     def plan(self) -> list[str]:
         """Return the messages of the jobs that Snakemake would run now."""
-        status, said = self.snakemake("--dry-run")
-        assert status == 0, said
-        return re.findall(r"^Job \d+: (.*)$", said, re.MULTILINE)
+        status, output = self.snakemake("--dry-run")
+        assert status == 0, output
+        return re.findall(r"^Job \d+: (.*)$", output, re.MULTILINE)
 
     def records(self) -> dict[str, tuple[bytes, int]]:
         """Return content and time of each record, by its path."""
@@ -92,18 +92,18 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     place = Place(tmp_path, methods=METHODS)
 
     # A failing run: the others finish, tables and figures are made of them and name what is missing.
-    status, said = place.snakemake()
+    status, output = place.snakemake()
     assert status == 1
-    failed = re.search(r"^.*films/iid/diverging/seed1.*round 1.*$|^error: .*round.*$", said, re.MULTILINE)
-    assert failed, said
+    failed = re.search(r"^.*films/iid/diverging/seed1.*round 1.*$|^error: .*round.*$", output, re.MULTILINE)
+    assert failed, output
     finished = place.records()
     assert sorted(finished) == ["films/iid/fedavg/seed1.json", "films/iid/head_only/seed1.json"]
     assert place.missing() == ["films/iid/diverging/seed1"]
     results = tmp_path / "results" / "tiny"
     assert "Missing: 1 of 3 runs" in (results / "tables" / "main.md").read_text()
     assert (tmp_path / "figures/tiny/score_over_rounds.pdf").stat().st_size > 1000
-    # Rounds of training are told while it goes on, on the terminal and in the log.
-    assert "films/iid/fedavg/seed1: round 2/2" in said
+    # Rounds are reported during training, on the terminal and in the log.
+    assert "films/iid/fedavg/seed1: round 2/2" in output
     assert "round 2/2" in (results / "logs/train/films/iid/fedavg/seed1.log").read_text()
 
     # A second attempt would make the failing run only, although tables and figures are there.
@@ -113,9 +113,9 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
 
     # Corrected, the study is completed without touching what was finished.
     place.write(methods={**METHODS, "diverging": {"method": "fedavg", "training": {"learning_rate": 2e-3}}})
-    status, said = place.snakemake()
-    assert status == 0, said
-    assert said.count("Training ") == 1
+    status, output = place.snakemake()
+    assert status == 0, output
+    assert output.count("Training ") == 1
     assert {path: place.records()[path] for path in finished} == finished
     assert place.missing() == []
     for table in tables.NAMES:
@@ -125,8 +125,8 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
         for ending in ("pdf", "png"):
             assert (tmp_path / "figures" / "tiny" / f"{figure}.{ending}").stat().st_size
 
-    status, said = place.snakemake()
-    assert (status, "Nothing to be done" in said) == (0, True)
+    status, output = place.snakemake()
+    assert (status, "Nothing to be done" in output) == (0, True)
 
     # Nor is there after edits that no run and no drawing executes.
     harmless = {
@@ -142,8 +142,8 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
         before = (tmp_path / name).read_text()
         (tmp_path / name).write_text(edit(before))
         assert (tmp_path / name).read_text() != before
-    status, said = place.snakemake("--dry-run")
-    assert (status, "Nothing to be done" in said) == (0, True), said
+    status, output = place.snakemake("--dry-run")
+    assert (status, "Nothing to be done" in output) == (0, True), output
     # A figure that is drawn otherwise is drawn, and that is all.
     figure = tmp_path / "fedlm/results/figures.py"
     before = figure.read_text()
@@ -158,8 +158,8 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     loop.write_text(before)
 
     # One page holds all tables and figures, and loads nothing from elsewhere.
-    status, said = place.snakemake("--report", "report.html")
-    assert status == 0, said
+    status, output = place.snakemake("--report", "report.html")
+    assert status == 0, output
     page = (tmp_path / "report.html").read_text()
     for name in [
         *(f"pages/{table}.html" for table in tables.NAMES),
@@ -184,13 +184,13 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
 
 def test_a_renamed_label_trains_nothing(tmp_path):
     place = Place(tmp_path, methods={"head_only": None}, federation={"clients": 2, "rounds": 1})
-    status, said = place.snakemake()
-    assert status == 0 and "head_only/seed1: round 1/1" in said, said
+    status, output = place.snakemake()
+    assert status == 0 and "head_only/seed1: round 1/1" in output, output
     place.write(methods={"only_the_head": {"method": "head_only"}})
-    status, said = place.snakemake()
-    assert status == 0, said
-    assert "only_the_head/seed1: already finished; its record is restored" in said
-    assert ": round " not in said
+    status, output = place.snakemake()
+    assert status == 0, output
+    assert "only_the_head/seed1: already finished; its record is restored" in output
+    assert ": round " not in output
     table = pandas.read_csv(tmp_path / "results/tiny/tables/main.csv")
     assert list(table["method"]) == ["only_the_head"]
 
@@ -205,18 +205,18 @@ def test_runs_that_share_a_process(tmp_path):
         methods={"fedavg": {"training": {**DIVERGES, "learning_rate": 2.0, "local_epochs": 1}}},
         pipeline={"runs_per_job": 2},
     )
-    status, said = place.snakemake()
+    status, output = place.snakemake()
     assert status == 1
-    assert "Training fedavg on films: 2 runs in one process" in said
+    assert "Training fedavg on films: 2 runs in one process" in output
     # Snakemake removes what a failed job has made; the finished record is restored from its copy.
     finished = place.records()
     assert list(finished) == ["films/iid/fedavg/seed1.json"]
     assert place.missing() == ["films/pooled/fedavg/seed1"]
 
-    status, said = place.snakemake()
+    status, output = place.snakemake()
     assert status == 1
-    assert "films/iid/fedavg/seed1: already finished" in said
-    assert "films/iid/fedavg/seed1: round" not in said
+    assert "films/iid/fedavg/seed1: already finished" in output
+    assert "films/iid/fedavg/seed1: round" not in output
     assert place.records()["films/iid/fedavg/seed1.json"][0] == finished["films/iid/fedavg/seed1.json"][0]
 
 
@@ -226,15 +226,15 @@ def test_a_bad_study_is_refused_before_any_job(tmp_path):
     values["federation"]["clients"] = 0
     values["partitions"]["odd"] = {"scheme": "labels", "labels_per_client": 9, "colour": "red"}
     place.study.write_text(yaml.safe_dump(values))
-    status, said = place.snakemake()
+    status, output = place.snakemake()
     assert status == 2
-    lines = [line for line in said.splitlines() if "profile" not in line]
+    lines = [line for line in output.splitlines() if "profile" not in line]
     assert len(lines) >= 2
     assert any("federation.clients: 0" in line for line in lines)
     assert any("colour" in line for line in lines)
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert not (tmp_path / "results").exists()
 
-    status, said = place.snakemake("--config", "rounds=3")
+    status, output = place.snakemake("--config", "rounds=3")
     assert status == 2
-    assert "settings belong in the study file" in said
+    assert "settings belong in the study file" in output

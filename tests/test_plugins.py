@@ -159,7 +159,7 @@ def test_a_change_of_a_plugin_or_its_helper_changes_the_hash_of_the_code(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"a": "x = 1\nclass A(:\n"}, "a.py: cannot be imported: line 2: invalid syntax; allowed: "),
         ({"a": "import os\nimport nowhere_at_all\n"}, "line 2: ModuleNotFoundError: No module named"),
@@ -178,12 +178,12 @@ def test_a_change_of_a_plugin_or_its_helper_changes_the_hash_of_the_code(tmp_pat
         ({}, "mine: holds no plug-in; allowed: "),
     ],
 )
-def test_a_plugin_at_fault_is_one_line_that_names_it(files, said, tmp_path):
+def test_a_plugin_at_fault_is_one_line_that_names_it(files, message, tmp_path):
     (tmp_path / "mine").mkdir()
     if files:
         mine(tmp_path / "mine", **files)
     found = faults(study_of(tmp_path))
-    assert len(found) == 1 and "study.yaml: plugins: " in found[0] and said in found[0]
+    assert len(found) == 1 and "study.yaml: plugins: " in found[0] and message in found[0]
     assert str(tmp_path / "mine") in found[0] and found[0].isprintable()
 
 
@@ -272,7 +272,7 @@ def test_test_method_tells_right_from_wrong(code, failing, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["absent.py"], "absent.py: does not exist; allowed: a Python file with one method"),
         (["."], "a folder; allowed: "),
@@ -283,9 +283,9 @@ def test_test_method_tells_right_from_wrong(code, failing, tmp_path):
         (["needs.py", "--settings", "rank"], "--settings: not valid JSON"),
     ],
 )
-def test_test_method_refuses_what_is_no_method(words, said, tmp_path):
+def test_test_method_refuses_what_is_no_method(words, message, tmp_path):
     needs = "    class Config(Method.Config):\n        rank: int\n"
     mine(tmp_path, weather=WEATHER, fedavg=METHOD, broken="def f(:\n", needs=METHOD + needs)
     done = command("test-method", *words, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
+    assert message in done.stderr

@@ -72,7 +72,7 @@ def imports_helper(text: str) -> str:
 EDITS = {
     "docstrings of the loop": ("fedlm/federation/loop.py", other_docstrings, False, False),
     "a comment in the loop": ("fedlm/federation/loop.py", lambda t: f"# Why.\n{t}", False, False),
-    "the loop without comments, formatted anew": (
+    "the loop without comments, reformatted": (
         "fedlm/federation/loop.py",
         lambda text: ast.unparse(ast.parse(text)),
         False,
@@ -282,7 +282,7 @@ def test_a_repository_within_a_folder_is_named_file_by_file(repository):
 
 
 def test_a_copy_within_another_repository_has_not_its_commit_alone(repository):
-    """Whose commit it is cannot be told, but all files are named that it does not hold."""
+    """It is unknown whose commit it is, but all files that it does not hold are named."""
     inner = repository / "copy"
     (inner / "methods").mkdir(parents=True)
     (inner / "methods/mine.py").write_text("y = 2\n")
@@ -305,7 +305,7 @@ def test_another_index_in_the_environment_is_not_believed(repository, tmp_path, 
     assert provenance.source_of([], repository)["commit"] != other
 
 
-def test_another_capability_of_the_processor_is_told_as_a_cause(tmp_path, capsys):
+def test_another_capability_of_the_processor_is_reported_as_a_cause(tmp_path, capsys):
     import torch
 
     machine = provenance.machine()

@@ -49,7 +49,7 @@ def test_another_number_of_clients_divides_again(tmp_path):
     assert first["provenance"]["data_sha256"] == second["provenance"]["data_sha256"]
 
 
-def test_a_finished_run_is_put_back_and_says_so(tmp_path):
+def test_a_finished_run_is_restored_and_logged(tmp_path):
     study, lines = tiny_study.write(tmp_path), []
     before = record(tmp_path, study)
     assert record(tmp_path, study, "other.json", lines) == before
@@ -60,7 +60,7 @@ ROUND = {"federation": {"clients": 2, "rounds": 1}}
 
 
 def made(folder, run, lines, **changes):
-    """Make a run of the tiny study with changes; return its record and what was said of its rounds."""
+    """Make a run of the tiny study with changes; return its record and the lines logged about its rounds."""
     folders = running.Folders("study", folder / "results")
     before = len(lines)
     study = load(tiny_study.write(folder, examples=60, **{**ROUND, **changes}))
@@ -76,13 +76,13 @@ def test_a_label_that_is_renamed_trains_nothing(tmp_path):
     tasks = yaml.safe_load((tmp_path / "study.yaml").read_text())["tasks"]
     renamed = {
         "methods": {"only_the_head": {"method": "head_only", "title": "The head alone"}},
-        "partitions": {"alike": {"scheme": "iid"}},
+        "partitions": {"equal": {"scheme": "iid"}},
         "tasks": {"movies": tasks["films"]},
     }
-    run = Run("movies", "alike", "only_the_head", 1)
+    run = Run("movies", "equal", "only_the_head", 1)
     after, trained = made(tmp_path, run, lines, **renamed)
     assert not trained
-    assert lines[-1] == "movies/alike/only_the_head/seed1: already finished; its record is restored"
+    assert lines[-1] == "movies/equal/only_the_head/seed1: already finished; its record is restored"
     labels = dict(zip(("task", "partition", "method"), run, strict=False))
     assert after == {**before, **labels}
     # The copy holds the old labels; collecting, too, puts it back under the present ones.

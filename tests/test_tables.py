@@ -1,4 +1,4 @@
-"""Tables: numbers are those of the records, marks and notes say the truth, bytes are the same each time."""
+"""Tables: numbers are those of the records, marks and notes are right, bytes are the same each time."""
 
 import json
 import math
@@ -165,12 +165,12 @@ def test_a_score_of_fewer_seeds_is_not_marked(tmp_path):
     assert marked(tmp_path) == ["FedCyBGD"]
 
 
-def test_records_that_the_study_does_not_list_are_left_out_and_said(tmp_path):
+def test_records_that_the_study_does_not_list_are_left_out_and_counted(tmp_path):
     _, expected = study(tmp_path)
     make(tmp_path, [run for run in expected if run[2] != "fedlora"])
     text = (tmp_path / "tables" / "main.md").read_text()
     assert "FedLoRA" not in text
-    assert "18 records that the study does not ask for are left out" in text
+    assert "18 records that are not in the study are left out" in text
 
 
 def test_two_labels_with_one_title_stay_apart(tmp_path):
@@ -291,7 +291,7 @@ def test_published_numbers_stand_beside_ours_where_task_and_model_agree(tmp_path
 def test_published_numbers_of_another_model_are_not_shown(tmp_path):
     _, expected = study(tmp_path, tasks=("sst2",), partitions=("iid",), model="minilm", seeds=(1,))
     make(tmp_path, expected)
-    assert "No published number" in (tmp_path / "tables" / "reference.md").read_text()
+    assert "no published numbers" in (tmp_path / "tables" / "reference.md").read_text()
 
 
 def test_published_memory_stands_beside_ours(tmp_path):

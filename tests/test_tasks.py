@@ -340,7 +340,7 @@ def test_check_finds_what_can_be_found_without_reading_all(tmp_path):
     for config, message in [
         ({"text": ["title"]}, "train: .*no column 'title'"),
         ({"group": "nobody"}, "no column 'nobody'"),
-        ({"test": str(tmp_path / "absent.csv")}, "test: .*absent.csv: there is no such file"),
+        ({"test": str(tmp_path / "absent.csv")}, "test: .*absent.csv: no such file"),
         ({"test": str(tmp_path)}, r"ends in \.csv"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -63,11 +63,11 @@ class Controller:
         return cls(folder, study, "--workflow-profile", str(PROFILE), *TEST_CLUSTER, *arguments)
 
     def finish(self, seconds: float = 600) -> tuple[int, str]:
-        """Wait for the end; return exit status and all that was said."""
+        """Wait for the end; return exit status and output."""
         status = self.process.wait(seconds)
-        return status, self.said()
+        return status, self.output()
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def stop(self) -> None:
@@ -124,7 +124,7 @@ def test_study_on_slurm(cluster, tmp_path):
         wait_for("a job in squeue", lambda: cluster.jobs(), 120)
         columns = "timelimit:|,numcpus:|,minmemory:|,tres-per-job:|"
         asked = run("squeue", "--states=all", "--noheader", f"--Format={columns}").splitlines()
-        status, said = controller.finish()
+        status, output = controller.finish()
     finally:
         controller.stop()
     assert status == 1
@@ -161,10 +161,10 @@ def test_whatever_happens_to_a_job_the_result_is_the_same(cluster, tmp_path):
     local = Controller(tmp_path / "local", study, "--cores=2")
     try:
         disturb(cluster, place, study, settings)
-        status, said = local.finish()
+        status, output = local.finish()
     finally:
         local.stop()
-    assert status == 0, said
+    assert status == 0, output
     expected, made = records(tmp_path / "local"), records(place)
     assert sorted(expected) == sorted(made) == ["fedcybgd", "long"]
     for method, record in expected.items():
@@ -203,13 +203,13 @@ def disturb(cluster: Cluster, place: Path, study: Path, settings: dict) -> None:
         more_rounds("long")
         cluster.kill_node()
         cluster.start_node()
-        status, said = controller.finish()
+        status, output = controller.finish()
     finally:
         controller.stop()
-    assert status == 0, said
+    assert status == 0, output
     for method, round in reached.items():
         log = (place / f"results/tiny/logs/train/films/iid/{method}/seed1.log").read_text()
         resumed = re.search(r"resumed after round (\d+)/|(already finished)", log)
         assert resumed[2] or int(resumed[1]) >= round
-    status, said = Controller.on_slurm(place, study).finish()
-    assert (status, "Nothing to be done" in said) == (0, True)
+    status, output = Controller.on_slurm(place, study).finish()
+    assert (status, "Nothing to be done" in output) == (0, True)
