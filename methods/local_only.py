@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from fedlm.federation.method import Method
@@ -28,5 +28,5 @@ class LocalOnly(Method):
         turn.keep(turn.values(self.exchanged))
         return {}
 
-    def models(self, server: Server) -> Iterable[dict[str, Tensor]]:
+    def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
         return [kept for _, kept in sorted(server.kept.items())] or [server.tensors]

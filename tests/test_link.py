@@ -1,5 +1,6 @@
 """Client caches: exactly what a client has not got travels, and nothing is lost by it."""
 
+import gc
 import json
 
 import pytest
@@ -254,7 +255,8 @@ def test_many_clients_cost_nothing_where_nothing_is_kept(place):
             message = run.link.send(client, 1)
             run.link.receive(client, message)
         assert not run.link.seen and not run.link.copies
-        assert run.link.state() == {"seen": {}}
+        assert run.link.state() == ({}, {"seen": {}, "copies": {}})
+        assert not run.server.store.live
 
 
 def test_clients_of_the_last_visit_share_what_is_the_same(place):
@@ -263,17 +265,113 @@ def test_clients_of_the_last_visit_share_what_is_the_same(place):
         run.server.update(name, value + 1)
     for client in range(50):
         run.link.receive(client, run.link.send(client, 1))
-    kept = [value for values in run.link.copies.values() for value in values.values()]
+    kept = [copy for copies in run.link.copies.values() for copy in copies.values()]
     assert len(kept) == 50 * len(run.server.initial)
-    assert {value.data_ptr() for value in kept} == {value.data_ptr() for value in run.server.tensors.values()}
+    assert {id(copy.load()) for copy in kept} == {id(value) for value in run.server.tensors.values()}
+    assert not run.server.store.live
+
+
+def test_a_version_is_stored_once_while_a_client_has_it(place):
+    run = worlds.federation("fedavg", place, cache="last_visit")
+    store, name = run.server.store, "classifier.weight"
+    first = run.server.initial[name]
+
+    def updated(step):
+        run.server.update(name, first + step)
+        run.link.merged([0, 1, 2])
+
+    def visited(*clients):
+        for client in clients:
+            values = run.link.receive(client, run.link.send(client, 1))
+            assert torch.equal(values[name], run.server.tensors[name])
+
+    updated(1)
+    updated(2)
+    visited(0, 1)
+    assert not store.live  # nobody had the first update, and the second is the server's
+    updated(3)
+    assert len(store.live) == 1
+    visited(1, 2)
+    assert run.link.copies[1][name] is run.link.copies[2][name]
+    assert torch.equal(run.link.copies[0][name].load(), first + 2)
+    updated(4)
+    assert len(store.live) == 2 == len(list(store.folder.iterdir()))
+    visited(0, 1, 2)
+    assert not store.live and not list(store.folder.iterdir())
+
+
+def test_reduced_copies_of_many_clients_are_stored_once(place):
+    run = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "quantize"})
+    for name, value in run.server.initial.items():
+        run.server.update(name, value + 1)
+    for client in range(30):
+        run.link.receive(client, run.link.send(client, 1))
+    reduced = {id(copy) for held in run.link.copies.values() for copy in held.values()}
+    assert len(reduced) <= 2 * len(run.server.initial)
+    # One by the first client, one with the block that the first had exactly.
+    assert len(run.server.store.live) == 2
+
+
+MANY = [
+    ("local_only", {}),
+    ("scaffold", {}),
+    ("fedavg", {"cache": "last_visit", "payload": "bfloat16"}),
+    ("fedcybgd", {"cache": "last_visit", "order": "shifted", "moments": "client"}),
+]
+
+
+def crowd(method, place, clients, **settings):
+    """Return a federation of many clients, who share the few examples there are."""
+    run = worlds.federation(method, place, training={"local_steps": 1, "batch_size": 2}, **settings)
+    run.parts = [run.parts[client % 3][:2] for client in range(clients)]
+    run.method.clients = clients
+    return run
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors of this process; what is mapped from a file counts like any other."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not thing.is_meta:
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "settings"), MANY, ids=str)
+def test_memory_does_not_grow_with_the_clients(method, settings, place):
+    found = {}
+    for clients in (40, 400):
+        before = live_bytes()
+        run = crowd(method, place, clients, **settings)
+        for round in (1, 2):
+            run.play(round)
+        found[clients] = live_bytes() - before
+        assert run.server.store.live  # what they keep is somewhere
+        del run
+    assert 0 < found[400] <= 1.15 * found[40]
+
+
+@pytest.mark.slow
+def test_ten_thousand_clients_of_the_last_visit(place):
+    run = crowd("fedcybgd", place, 10_000, cache="last_visit")
+    run.play(1)
+    assert len(run.link.copies) == 10_000 and run.ledger.upload > 0
 
 
 def test_the_state_survives_json(place):
     run = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
     run.run()
-    plain = json.loads(json.dumps(run.link.state()))
+    values, plain = run.link.state()
     fresh = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
-    fresh.link.restore(plain)
+    fresh.server.tensors = run.server.tensors
+    fresh.link.restore(values, json.loads(json.dumps(plain)))
     assert fresh.link.seen == run.link.seen and fresh.link.seen[0]
+    assert fresh.link.copies.keys() == run.link.copies.keys()
+    for client, held in run.link.copies.items():
+        again = fresh.link.copies[client]
+        assert all(torch.equal(again[name].load(), copy.load()) for name, copy in held.items())
+        assert again.keys() == held.keys()
     exact = {exactly for seen in run.link.seen.values() for _, exactly in seen.values()}
     assert exact == {True, False}

@@ -1,7 +1,9 @@
 """Checkpoints between rounds: whole, checksummed, and recognised when they are not one's own.
 
 A checkpoint file is a line with the SHA-256 of what follows, then one safetensors file whose metadata hold
-the run's fingerprint and its other state as JSON. The newest two are kept, should one be damaged.
+the run's fingerprint and its other state as JSON. The newest two are kept, should one be damaged. What
+clients keep is in files of its own beside the checkpoints (see `stored`), which these refer to by name;
+such a file stays as long as one of the two does.
 """
 
 import json
@@ -9,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,12 +21,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedlm.base.files import remove_unfinished, sha256, write_atomically
+from fedlm.federation import stored
+from fedlm.federation.stored import Store, Stored
 
 _FILES = "round-*.checkpoint"
 _DIGEST = 65  # 64 hexadecimal digits and a newline
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a cluster's limit of time
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
+Values = Mapping[str, Tensor | Stored]
+State = tuple[Values, dict[str, Any]]
 
 
 class Checkpoints:
@@ -33,12 +38,14 @@ class Checkpoints:
     `fingerprint` names everything the run depends on; a checkpoint with another one is foreign. `log` is
     called with one line for each file that cannot be used. A checkpoint is written after the first round that
     ends at least `seconds` after the last one, and after the round in which a signal asks the process to end.
+    `store` is where the run keeps the tensors that a checkpoint only refers to.
     """
 
     def __init__(
         self, folder: Path, fingerprint: str, log: Callable[[str], None], seconds: float = 0.0
     ) -> None:
         self.folder, self.fingerprint, self.log, self.seconds = Path(folder), fingerprint, log, seconds
+        self.store = Store(self.folder)
         self._last = time.monotonic()
         self._previous: Path | None = None
         self._signal: int | None = None
@@ -73,21 +80,32 @@ class Checkpoints:
         if self._signal is not None:
             os.kill(os.getpid(), self._signal)
 
-    def save(self, round: int, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    def save(self, round: int, tensors: Values, plain: dict[str, Any]) -> None:
         """Write the checkpoint of a round; then remove all but it and the one before."""
         unique: dict[tuple, str] = {}
         aliases: dict[str, str] = {}
-        stored: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            # Clients that keep what they downloaded share tensors with the server: stored once.
+        written: dict[str, Tensor] = {}
+        referred: dict[str, tuple[str, int, str, tuple[int, ...]]] = {}
+        files: dict[str, int] = {}
+        for name, value in tensors.items():
+            if isinstance(value, Stored) and value.file and value.file.store is self.store:
+                value.file.secure()
+                files[value.file.name] = value.file.size
+                referred[name] = value.file.name, value.offset, value.dtype, value.shape
+                continue
+            tensor = value.load() if isinstance(value, Stored) else value
+            # Clients that keep what they downloaded share tensors with the server: written once.
             identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             if tensor.numel() and identity in unique:
                 aliases[name] = unique[identity]
             else:
                 unique[identity] = name
-                stored[name] = tensor.detach().cpu().contiguous()
+                written[name] = tensor.detach().cpu().contiguous()
         header = {"fingerprint": self.fingerprint, "round": round, "aliases": aliases, "state": plain}
-        content = save(stored, metadata={"fedlm": json.dumps(header)})
+        header["stored"] = referred
+        metadata = {"fedlm": json.dumps(header), "files": json.dumps(files)}
+        content = save(written, metadata=metadata)
+        self.store.pinned.update(files)
         write_atomically(self._path(round), f"{sha256(content)}\n".encode(), content)
         # By number, not by age: what another configuration left here may count further than this run.
         own = (self._path(round), self._previous)
@@ -95,10 +113,15 @@ class Checkpoints:
         for path in self._files():
             if path not in own:
                 path.unlink(missing_ok=True)
+        self._pin()
 
-    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Return (round, tensors, plain values) of the newest checkpoint that is whole and this run's own."""
+    def latest(self) -> tuple[int, dict[str, Tensor | Stored], dict[str, Any]] | None:
+        """Return (round, values, plain values) of the newest checkpoint that is whole and this run's own.
+
+        Files of stored tensors to which no checkpoint refers are removed.
+        """
         remove_unfinished(self.folder)
+        self._pin()
         for path in self._files():
             try:
                 found = self._read(path)
@@ -110,7 +133,11 @@ class Checkpoints:
                 self.log(f"checkpoint {path.name} is not used: {error}")
         return None
 
-    def _read(self, path: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    def _pin(self) -> None:
+        """Let the files to which checkpoints refer stay, and no others."""
+        self.store.pin({name for path in self._files() for name in _referred(path)})
+
+    def _read(self, path: Path) -> tuple[int, dict[str, Tensor | Stored], dict[str, Any]]:
         with path.open("rb") as file:
             digest = file.read(_DIGEST)
             content = file.read()
@@ -118,10 +145,12 @@ class Checkpoints:
             raise ValueError("its checksum does not match (it is truncated or damaged)")
         try:
             length = int.from_bytes(content[:8], "little")
-            header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["fedlm"])
+            metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+            header, files = json.loads(metadata["fedlm"]), dict(json.loads(metadata.get("files", "{}")))
             fingerprint, round, plain = header["fingerprint"], header["round"], dict(header["state"])
-            stored = load(content)
-            shared = {name: stored[other] for name, other in dict(header["aliases"]).items()}
+            written: dict[str, Tensor | Stored] = dict(load(content))
+            shared = {name: written[other] for name, other in dict(header["aliases"]).items()}
+            referred = dict(header.get("stored", {}))
             if path != self._path(round):
                 raise ValueError(f"round {round}")
         except MemoryError:
@@ -130,7 +159,12 @@ class Checkpoints:
             raise ValueError("its checksum is right, but it is no checkpoint") from error
         if fingerprint != self.fingerprint:
             raise ValueError("it is of another configuration, data, model or code")
-        return round, {**stored, **shared}, plain
+        taken = {name: self.store.take_up(name, size) for name, size in files.items()}
+        handles = {
+            name: Stored(taken[file], offset, dtype, tuple(shape))
+            for name, (file, offset, dtype, shape) in referred.items()
+        }
+        return round, {**written, **shared, **handles}, plain
 
     def _path(self, round: int) -> Path:
         return self.folder / f"round-{round:06d}.checkpoint"
@@ -140,7 +174,23 @@ class Checkpoints:
         return sorted(self.folder.glob(_FILES), reverse=True)
 
 
+def _referred(path: Path) -> list[str]:
+    """Return the files of stored tensors that a checkpoint names; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_DIGEST)
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                return []
+            return list(json.loads(json.loads(file.read(length))["__metadata__"]["files"]))
+    except MemoryError:
+        raise
+    except Exception:  # damaged in whatever way: `latest` says so
+        return []
+
+
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, as a finished run does."""
-    for path in folder.glob(_FILES):
-        path.unlink(missing_ok=True)
+    """Remove all checkpoints and the stored tensors beside them, as a finished run does."""
+    for pattern in (_FILES, stored.PATTERN):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The way from the server to a client: what must travel, in which form, and what the client already has."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,23 @@ from fedlm.exchange.compression import LayerDrop, Prune, Quantize, Stale
 from fedlm.federation.method import Method
 from fedlm.federation.reducible import require_reducible
 from fedlm.federation.state import Server
+from fedlm.federation.stored import Stored
 from fedlm.models import blocks
 
 NO_VERSION = -1  # of a parameter that a client has in a form of its own
+
+
+class Copy:
+    """A parameter's value that clients keep, one for all that have the same: the server's own, or stored."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value: Tensor | Stored) -> None:
+        self.value = value
+
+    def load(self) -> Tensor:
+        """Return the value."""
+        return self.value.load() if isinstance(self.value, Stored) else self.value
 
 
 class Link:
@@ -23,8 +38,10 @@ class Link:
 
     What the client trains in this turn always arrives exactly (in the payload's precision); of the other
     parameters, those in blocks may be reduced. Of clients that keep what they had (cache: last_visit),
-    `copies` holds the values and `seen` notes which version of each parameter that is, and whether exactly.
-    The other caches cost nothing per client.
+    `copies` holds the values that are not the pretrained ones, and `seen` notes which version of each
+    parameter that is, and whether exactly. A value that several clients have is held once, and no longer than
+    one of them has it; what is not the server's present value is in the server's store. The other caches
+    cost nothing per client.
 
     `observe` returns what the linear layers are given on so many calibration examples. Tensors may be without
     values (meta); then pruned matrices have no mask, only the number of values that it would keep. Raises
@@ -42,7 +59,10 @@ class Link:
         self.method, self.server, self.model, self.seed = method, server, model, seed
         self.observe = observe
         self.config = method.config
-        self.copies: dict[int, dict[str, Tensor]] = {}
+        self.copies: dict[int, dict[str, Copy]] = {}
+        # Of each name, the copy that is the server's own value, and the newest of those that are not.
+        self._current: weakref.WeakValueDictionary[str, Copy] = weakref.WeakValueDictionary()
+        self._latest: weakref.WeakValueDictionary[str, Copy] = weakref.WeakValueDictionary()
         self.seen: dict[int, dict[str, tuple[int, bool]]] = {}
         self._uploaded: tuple[int, dict[str, Tensor]] | None = None
         self._inputs: tuple[int, dict[str, pruning.Inputs]] = (0, {})  # the round, and what was seen in it
@@ -109,15 +129,17 @@ class Link:
     def receive(self, client: int, message: payload.Message | bytes) -> dict[str, Tensor]:
         """Return the values of the client's copy: pretrained, overlaid by what it kept and was sent.
 
-        They may share memory with the server's; nobody may write into them.
+        They may share memory with the server's; nobody may write into them. Stored ones are mapped from their
+        file for as long as they are held. Raises StorageError where what the client keeps cannot be stored.
         """
         decoded = payload.decode(message, self.expected())
         if self.config.cache == "last_visit":
-            # What arrived as the server has it is held once, however many clients keep it.
-            copies = {name: self._one_copy(name, value) for name, value in decoded.items()}
-            self.copies.setdefault(client, {}).update(copies)
-        own = {name: v for name, v in self.server.kept.get(client, {}).items() if "@" not in name}
-        return {**self.server.initial, **self.copies.get(client, {}), **own, **decoded}
+            self._put_away(self._replaced())
+            self._hold(client, decoded)
+        copies = {name: copy.load() for name, copy in self.copies.get(client, {}).items()}
+        kept = self.server.kept.get(client, {})
+        own = {name: kept[name] for name in kept if "@" not in name}
+        return {**self.server.initial, **copies, **own, **decoded}
 
     def uploaded(self, client: int, tensors: dict[str, Tensor]) -> None:
         """Note what the server received from a client."""
@@ -125,27 +147,90 @@ class Link:
             self._uploaded = (client, tensors)
 
     def merged(self, cohort: list[int]) -> None:
-        """Note which parameters of the server are now just what a client merged alone has itself."""
+        """Note which parameters of the server are now just what a client merged alone has itself.
+
+        Values that the merge replaced and that clients still have go to the store; raises StorageError where
+        it has no room.
+        """
         uploaded, self._uploaded = self._uploaded, None
-        if uploaded is None or len(cohort) > 1:
-            return
-        client, tensors = uploaded
-        for name, value in tensors.items():
-            current = self.server.tensors.get(name)
-            if current is not None and _equal(current, value):
-                self.copies.setdefault(client, {})[name] = current
-                self.seen.setdefault(client, {})[name] = (self.server.version.get(name, 0), True)
+        replaced = self._replaced()
+        if uploaded is not None and len(cohort) == 1:
+            client, tensors = uploaded
+            current = self.server.tensors
+            same = {n: current[n] for n, v in tensors.items() if n in current and _equal(current[n], v)}
+            self._hold(client, same)
+            if same:
+                versions = {name: (self.server.version.get(name, 0), True) for name in same}
+                self.seen.setdefault(client, {}).update(versions)
+        self._put_away(replaced)
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside `copies`, as plain values."""
-        return {"seen": {str(client): seen for client, seen in self.seen.items()}}
+    def state(self) -> tuple[dict[str, Tensor | Stored], dict[str, Any]]:
+        """Return what a checkpoint must hold: each value that clients have, and plain values."""
+        numbers: dict[Copy, str] = {}
+        copies: dict[str, dict[str, str]] = {}
+        for client, held in self.copies.items():
+            copies[str(client)] = {
+                name: numbers.setdefault(copy, str(len(numbers))) for name, copy in held.items()
+            }
+        seen = {str(client): seen for client, seen in self.seen.items()}
+        return {number: copy.value for copy, number in numbers.items()}, {"seen": seen, "copies": copies}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+    def restore(self, values: dict[str, Tensor | Stored], plain: dict[str, Any]) -> None:
+        """Continue from what `state` returned; the server has its values already."""
         self.seen = {
             int(client): {name: (version, exact) for name, (version, exact) in seen.items()}
-            for client, seen in state["seen"].items()
+            for client, seen in plain["seen"].items()
         }
+        copies = {number: Copy(value) for number, value in values.items()}
+        self.copies = {}
+        for client, held in plain["copies"].items():
+            self.copies[int(client)] = {name: copies[number] for name, number in held.items()}
+            for name, number in held.items():
+                value = copies[number].value
+                if value is self.server.tensors.get(name):
+                    self._current[name] = copies[number]
+                else:
+                    copies[number].value = self.server.store.adopt({name: value})[name]
+
+    def _hold(self, client: int, values: dict[str, Tensor]) -> None:
+        """Let a client have these values from now on."""
+        held = self.copies.setdefault(client, {})
+        own: dict[str, Tensor] = {}
+        for name, value in values.items():
+            current, latest = self.server.tensors.get(name), self._latest.get(name)
+            if current is not None and _equal(current, value):
+                if current is self.server.initial.get(name):
+                    held.pop(name, None)  # all clients have it
+                    continue
+                if name not in self._current:
+                    self._current[name] = held[name] = Copy(current)
+                held[name] = self._current[name]
+            elif latest is not None and _equal(latest.load(), value):
+                held[name] = latest  # reduced in the same way for another client
+            else:
+                own[name] = value
+        for name, stored in self.server.store.put(own).items():
+            self._latest[name] = held[name] = Copy(stored)
+        if not held:
+            del self.copies[client]
+
+    def _replaced(self) -> dict[str, "weakref.ref[Copy]"]:
+        """Take those of the server's own values that it has replaced out of the table; return them."""
+        current = self.server.tensors
+        replaced = {
+            name: weakref.ref(copy)
+            for name, copy in self._current.items()
+            if copy.value is not current.get(name)
+        }
+        for name in replaced:
+            self._current.pop(name, None)
+        return replaced
+
+    def _put_away(self, replaced: dict[str, "weakref.ref[Copy]"]) -> None:
+        """Store the replaced values that a client still has."""
+        copies = {name: copy for name, reference in replaced.items() if (copy := reference()) is not None}
+        for name, stored in self.server.store.adopt({n: copy.value for n, copy in copies.items()}).items():
+            copies[name].value = stored
 
     def _has(self, client: int, name: str, exactly: bool) -> bool:
         """Return whether the client need not be sent this parameter of the server's."""
@@ -211,11 +296,6 @@ class Link:
             self._inputs = round, self.observe(examples)
         return self._inputs[1]
 
-    def _one_copy(self, name: str, value: Tensor) -> Tensor:
-        """Return the server's own tensor if it is equal, so that many clients may keep it."""
-        current = self.server.tensors.get(name)
-        return current if current is not None and _equal(current, value) else value
-
     @contextmanager
     def _without(self, dropped: list[int]) -> Iterator[None]:
         """Take layers out of the resident model: they compute nothing and hold no memory."""
@@ -234,5 +314,11 @@ class Link:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal; those without values only if they are the same."""
-    return one is other or (not one.is_meta and torch.equal(one, other))
+    """Return whether two tensors are equal bit by bit; those without values only if they are the same."""
+    if one is other or one.is_meta or other.is_meta:
+        return one is other
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

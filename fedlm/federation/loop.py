@@ -18,6 +18,7 @@ from fedlm.federation.rounds import Rounds
 from fedlm.federation.scoring import score
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
+from fedlm.federation.stored import Stored
 from fedlm.measure.memory import older_objects_set_aside
 
 if TYPE_CHECKING:
@@ -133,16 +134,17 @@ class Federation(Rounds):
         batches = (self.make_batch(chosen[start : start + size]) for start in range(0, len(chosen), size))
         return pruning.observe(self.model, batches)
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _state(self) -> tuple[dict[str, Tensor | Stored], dict[str, Any]]:
         """Return all that the next round depends on, as tensors and as plain values."""
-        tensors = {f"server/{name}": value for name, value in self.server.tensors.items()}
+        copies, link = self.link.state()
+        tensors: dict[str, Tensor | Stored] = {f"server/{n}": v for n, v in self.server.tensors.items()}
         tensors |= {f"state/{name}": value for name, value in self.server.state.items()}
-        for kind, clients in (("kept", self.server.kept), ("copies", self.link.copies)):
-            for client, values in clients.items():
-                tensors |= {f"{kind}/{client}/{name}": value for name, value in values.items()}
+        tensors |= {f"copies/{number}": value for number, value in copies.items()}
+        for client, kept in self.server.kept.handles.items():
+            tensors |= {f"kept/{client}/{name}": value for name, value in kept.items()}
         plain = {
             "version": self.server.version,
-            "link": self.link.state(),
+            "link": link,
             "rounds": self.rounds,
             "baseline": self.baseline,
             "ledger": self.ledger.state(),
@@ -154,21 +156,22 @@ class Federation(Rounds):
         return tensors, plain
 
     def _resume(self, checkpoints: Checkpoints) -> None:
+        self.server.store_in(checkpoints.store)
         found = checkpoints.latest()
         if found is None:
             return
-        round, tensors, plain = found
-        self.server.tensors = {}
-        for name, value in tensors.items():
+        round, values, plain = found
+        parts: dict[str, dict[str, Any]] = {"server": {}, "state": {}, "copies": {}, "kept": {}}
+        for name, value in values.items():
             kind, _, rest = name.partition("/")
-            if kind in ("kept", "copies"):
-                client, _, rest = rest.partition("/")
-                clients = self.server.kept if kind == "kept" else self.link.copies
-                clients.setdefault(int(client), {})[rest] = value
-            else:
-                (self.server.tensors if kind == "server" else self.server.state)[rest] = value
+            parts[kind][rest] = value
+        self.server.tensors, self.server.state = parts["server"], parts["state"]
         self.server.version = plain["version"]
-        self.link.restore(plain["link"])
+        self.link.restore(parts["copies"], plain["link"])
+        self.server.kept.handles.clear()
+        for name, stored in checkpoints.store.adopt(parts["kept"]).items():
+            client, _, rest = name.partition("/")
+            self.server.kept.handles.setdefault(int(client), {})[rest] = stored
         self.rounds, self.baseline = plain["rounds"], plain["baseline"]
         self.flops, self.queries = plain["flops"], plain["queries"]
         self.ledger.restore(plain["ledger"])

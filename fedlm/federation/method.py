@@ -6,7 +6,7 @@ is FedAvg (McMahan et al. 2017, algorithm 1), so a method's file shows only what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -134,7 +134,7 @@ class Method:
         for name, (value, _) in weighted_mean(uploads).items():
             server.update(name, value)
 
-    def models(self, server: Server) -> Iterable[dict[str, Tensor]]:
+    def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
         """Yield the models to score, as values of the exchanged parameters; their scores are averaged."""
         yield server.tensors
 

@@ -28,6 +28,7 @@ from fedlm.federation.passes import Batch
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Server, Upload
+from fedlm.federation.stored import StorageError
 from fedlm.federation.turn import Turn, TurnError, steps_of_turn
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.ledger import Ledger
@@ -95,7 +96,10 @@ class Rounds:
         """Let the method merge a cohort; the time of the turns inside does not count as merging."""
         started, turns = time.perf_counter(), sum(self.clock.values())
         self.method.merge(self.server, self._uploads(cohort, round), round)
-        self.link.merged(cohort)
+        try:
+            self.link.merged(cohort)
+        except StorageError as error:
+            raise self._failed(round, cohort, error) from error
         self.clock["merge"] += time.perf_counter() - started - (sum(self.clock.values()) - turns)
 
     def _uploads(self, cohort: list[int], round: int) -> Iterator[Upload]:
@@ -103,11 +107,15 @@ class Rounds:
         for client in cohort:
             try:
                 upload = self._turn(client, round)
-            except (TurnError, PayloadError) as error:
-                name = self.method.name
-                raise FailedRun(f"method {name}, round {round}, client {client}: {error}") from error
+            except (TurnError, PayloadError, StorageError) as error:
+                raise self._failed(round, [client], error) from error
             if upload:
                 yield upload
+
+    def _failed(self, round: int, clients: list[int], error: Exception) -> FailedRun:
+        where = f"client {clients[0]}" if len(clients) == 1 else f"clients {clients[0]} to {clients[-1]}"
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, StorageError) else error
+        return FailedRun(f"method {self.method.name}, round {round}, {where}: {reason}")
 
     def _turn(self, client: int, round: int) -> Upload | None:
         """Let one client download, train and upload."""
@@ -136,8 +144,7 @@ class Rounds:
             tensors = payload.decode(message, self.link.expected(), own=True)
             _require_finite(tensors)
         self.link.uploaded(client, tensors)
-        if not turn.kept:
-            del self.server.kept[client]
+        self.server.kept[client] = turn.kept
         return Upload(client, len(self.parts[client]), tensors)
 
     def _make_turn(self, client: int, round: int, received: dict[str, Tensor]) -> Turn:
@@ -151,7 +158,7 @@ class Rounds:
             round=round,
             rounds=self.settings.rounds,
             received=received,
-            kept=self.server.kept.setdefault(client, {}),
+            kept=dict(self.server.kept.get(client, {})),
             moments=self.method.config.moments,
         )
 

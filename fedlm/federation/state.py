@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedlm.federation.stored import ClientStates, Store
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,15 +17,24 @@ class Server:
 
     `tensors` maps the name of each exchanged parameter to its current value on the CPU, `initial` to its
     value before the first round. `version` counts a parameter's changes, 0 for none. `state` is the method's
-    own (momentum, for example). `kept` is what a client keeps between its turns, by client; it is held here
-    because the simulation has one process, and no other client reads it.
+    own (momentum, for example). `kept` is what a client keeps between its turns, by client; it is here since
+    the simulation has one process, and no other client reads it. It is in the store's files, as is what
+    clients keep of their downloads (see `Link`).
     """
 
     tensors: dict[str, Tensor]
     initial: dict[str, Tensor]
     version: dict[str, int] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    store: Store = field(default_factory=Store)
+    kept: ClientStates = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = ClientStates(self.store)
+
+    def store_in(self, store: Store) -> None:
+        """Put what clients keep from now on into another store."""
+        self.store = self.kept.store = store
 
     def update(self, name: str, value: Tensor) -> None:
         """Give a parameter its new value. The old tensor is replaced, never written into."""

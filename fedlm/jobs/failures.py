@@ -17,16 +17,18 @@ _DISK = {
     errno.EISDIR: "a folder is where a file should be",
     errno.EMFILE: "too many open files",
 }
+_NOTHING_LOST = "nothing that was finished is lost, run again to continue"
 _AGAIN = "the run continues from its last completed round when it is started again"
 
 
 def describe(error: Exception) -> str | None:
     """Return one line for a failure of a known kind; None for one that needs its traceback."""
     if isinstance(error, FailedRun):
-        return str(error)
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK
+        return f"{error}; {_NOTHING_LOST}" if full else str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{_DISK[error.errno]}; nothing that was finished is lost, run again to continue"
+        return f"{where}{_DISK[error.errno]}; {_NOTHING_LOST}"
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return f"out of memory; {_AGAIN}"
     return None
