@@ -1,4 +1,4 @@
-"""FedProx: FedAvg with clients held near the model that they received."""
+"""FedProx: FedAvg whose clients are held near the model that they received."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FedProx(Method):
         parameters = dict(turn.model.named_parameters())
 
         # The term enters the loss as a number, and its gradient, mu (w - anchor), is added in place: autograd
-        # would hold one more copy of all trained parameters.
+        # would hold one more copy of all that is trained.
         @torch.no_grad()
         def proximal(trained: dict[str, Tensor]) -> Tensor:
             squares = [torch.dist(value, anchor[name]).square() for name, value in trained.items()]
