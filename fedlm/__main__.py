@@ -97,7 +97,7 @@ def run(
     output: Annotated[Path, typer.Option(help="File for the record.")],
     results: Results = Path("results"),
 ) -> None:
-    """Execute one run and write its record; an interrupted run continues from its last completed round."""
+    """Execute one run and write its record; an interrupted run continues from its last saved round."""
     from fedlm.jobs import running
     from fedlm.study.study import Run
 
@@ -405,9 +405,7 @@ def main() -> int:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0
     if status == 130:  # typer's answer to Ctrl-C
-        print(
-            "interrupted; a run continues from its last completed round when started again", file=sys.stderr
-        )
+        print("interrupted; a run continues from its last saved round when started again", file=sys.stderr)
     return status
 
 

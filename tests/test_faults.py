@@ -296,7 +296,7 @@ def test_ctrl_c_is_no_traceback(undisturbed, tmp_path):
     assert ended.status == 130
     assert "Traceback" not in ended.output
     last = ended.output.splitlines()[-1]
-    assert last.startswith("interrupted; a run continues from its last completed round")
+    assert last.startswith("interrupted; a run continues from its last saved round")
     goes_on(study, results, expected, rounds_before=3)
 
 
@@ -321,7 +321,7 @@ def test_too_little_memory(undisturbed, tmp_path):
 
     ended = forked.run(act, tmp_path / "log")
     assert ended.status == 1, ended.output
-    assert "out of memory; the run continues from its last completed round" in ended.output.splitlines()[-1]
+    assert "out of memory; the run continues from its last saved round" in ended.output.splitlines()[-1]
     goes_on(study, results, expected, rounds_before=1)
 
 

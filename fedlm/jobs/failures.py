@@ -18,7 +18,7 @@ _DISK = {
     errno.EMFILE: "too many open files",
 }
 _NOTHING_LOST = "nothing that was finished is lost, run again to continue"
-_AGAIN = "the run continues from its last completed round when it is started again"
+_AGAIN = "the run continues from its last saved round when it is started again"
 
 
 def describe(error: Exception) -> str | None:
