@@ -129,7 +129,7 @@ def test_a_run_of_plugins_is_made_made_again_and_costed(tmp_path, monkeypatch, c
     assert costs[0].upload_bytes == record["upload_bytes"]
 
     (tmp_path / "mine").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="plugins: mine: not there"):
+    with pytest.raises(UserError, match="plugins: mine: does not exist"):
         rerun(folders.record(run))
     assert rerun(folders.record(run), plugins=["moved"]) == []
 
