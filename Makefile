@@ -31,10 +31,10 @@ costs: setup
 
 # To run before each commit: at most 90 seconds on two cores.
 check: lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slow and not slurm"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slow and not slurm"
 
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile -m "not slurm"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not slurm"
 
 lint: setup
 	@$(RUN) -m ruff check
