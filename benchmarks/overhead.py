@@ -12,7 +12,6 @@ The last line is the ratio of the times.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fedlm.base.allocator import keep_freed_memory
 from fedlm.data.division import divide
 from fedlm.data.schemes import parse
 from fedlm.data.tokenising import prepare
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--examples", type=int, default=1280)
     options = parser.parse_args()
+    keep_freed_memory()
     kind = discover_tasks()["movie_reviews"]
     task = kind(kind.Config(max_length=64, train_examples=options.examples))
     source = ModelConfig(source="minilm")
@@ -110,10 +111,5 @@ class Bare:
         return len(steps)
 
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-
 if __name__ == "__main__":
-    if not os.environ.keys() >= ALLOCATOR.keys():
-        # The allocator reads it when the process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     main()

@@ -119,8 +119,8 @@ class _Instance(NamedTuple):
 class _RecordedTurn(Turn):
     """A turn that records its work instead of doing it; the work is done once for all equal turns."""
 
-    def __init__(self, work: _Recorded, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, work: _Recorded, **arguments: Any) -> None:
+        super().__init__(**arguments)
         self._work = work
         self._kept_before = dict(self.kept)
 
@@ -152,20 +152,8 @@ class _RecordedTurn(Turn):
 
     def again(self) -> Turn:
         """Return a turn that can do the recorded work, on tensors of the current mode."""
-        received, kept = _empty(self.received), _empty(self._kept_before)
-        return Turn(
-            self.model,
-            self.settings,
-            self._plan,
-            self._make_batch,
-            self._instruments,
-            self.client,
-            self.round,
-            self.rounds,
-            received,
-            kept,
-            self.moments,
-        )
+        values = {"received": _empty(self.received), "kept": _empty(self._kept_before)}
+        return Turn(**{**self.arguments(), **values})
 
 
 class _Recorded:
@@ -202,21 +190,7 @@ class _Rehearsal(Rounds):
         self.work = _Recorded(self.instruments)
 
     def _make_turn(self, client: int, round: int, received: dict[str, Tensor]) -> Turn:
-        turn = super()._make_turn(client, round, received)
-        return _RecordedTurn(
-            self.work,
-            turn.model,
-            turn.settings,
-            turn._plan,
-            turn._make_batch,
-            turn._instruments,
-            turn.client,
-            turn.round,
-            turn.rounds,
-            turn.received,
-            turn.kept,
-            turn.moments,
-        )
+        return _RecordedTurn(self.work, **super()._make_turn(client, round, received).arguments())
 
     def run(self) -> None:
         """Play all rounds; afterwards the ledger and the record of the work are filled."""

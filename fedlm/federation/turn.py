@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -86,6 +87,22 @@ class Turn:
         self._done = 0
         self._values: dict[str, Tensor] = {}
         self._parameters = dict(model.named_parameters())
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what this turn was made of, for another turn of the same work."""
+        return {
+            "model": self.model,
+            "settings": self.settings,
+            "plan": self._plan,
+            "make_batch": self._make_batch,
+            "instruments": self._instruments,
+            "client": self.client,
+            "round": self.round,
+            "rounds": self.rounds,
+            "received": self.received,
+            "kept": self.kept,
+            "moments": self.moments,
+        }
 
     @property
     def steps(self) -> int:
@@ -276,19 +293,7 @@ class _ProbingTurn(Turn):
     """A turn in which one segment makes one step under a memory tracker, and the others do nothing."""
 
     def __init__(self, turn: Turn, target: Segment, tracker: MemoryTracker) -> None:
-        super().__init__(
-            turn.model,
-            turn.settings,
-            turn._plan,
-            turn._make_batch,
-            turn._instruments,
-            turn.client,
-            turn.round,
-            turn.rounds,
-            turn.received,
-            dict(turn.kept),
-            turn.moments,
-        )
+        super().__init__(**{**turn.arguments(), "kept": dict(turn.kept)})
         self.target, self.tracker, self.met = target, tracker, False
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
