@@ -20,6 +20,7 @@ localrules:
     all,
     prepare,
     partition,
+    choose,
     collect,
     tables,
     pages,

@@ -12,7 +12,7 @@ import typer
 from fedlm.base.errors import UserError
 
 if TYPE_CHECKING:
-    from fedlm.jobs.running import Folders
+    from fedlm.jobs.folders import Folders
     from fedlm.study.study import Study
 
 app = typer.Typer(
@@ -37,9 +37,14 @@ def _study(config: Path) -> "Study":
 
 
 def _folders(study: "Study", results: Path) -> "Folders":
-    from fedlm.jobs.running import Folders
+    from fedlm.jobs.folders import Folders
 
     return Folders(study.study, results)
+
+
+def _expected(study: "Study") -> list[tuple[str, str, str, int]]:
+    """Return the labels and seeds of the runs that tables and figures need."""
+    return [run[:4] for run in study.runs()]
 
 
 @app.command()
@@ -50,7 +55,11 @@ def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> No
     study = _study(config)
     check_study(study)
     runs = list(study.runs())
-    print(f"{config}: study {study.study!r} is valid: {len(runs)} runs")
+    trials = len(list(study.trials()))
+    print(
+        f"{config}: study {study.study!r} is valid: {len(runs)} runs"
+        + (f", {trials} trials" if trials else "")
+    )
 
 
 @app.command()
@@ -110,10 +119,12 @@ def run(
 @app.command("run-many")
 def run_many(
     config: Config,
-    runs: Annotated[list[str], typer.Argument(help="Runs as task/partition/method/seed<k>.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Runs as task/partition/method/seed<k>, or .../trial<k>.")
+    ],
     results: Results = Path("results"),
 ) -> None:
-    """Execute several runs in one process; each record is written as soon as its run is finished.
+    """Execute several runs or trials in one process; each record is written as soon as its run is finished.
 
     A run that fails does not stop the others; the exit status is then 1.
     """
@@ -125,6 +136,17 @@ def run_many(
     for chosen in study.named(runs):
         failed |= _guarded(partial(running.execute, study, chosen, folders.record(chosen), folders))
     raise typer.Exit(failed)
+
+
+@app.command()
+def choose(config: Config, task: TaskLabel, method: MethodLabel, results: Results = Path("results")) -> None:
+    """Choose a method's searched settings by the validation scores of its trials, and write them down."""
+    from fedlm.jobs import tuning
+
+    study = _study(config)
+    choice = tuning.choose(study, task, method, _folders(study, results))
+    values = ", ".join(f"{key} {value}" for key, value in choice["chosen"].items())
+    print(f"{task}/{method}: trial {choice['trial']}: {values}; validation {choice['validation_score']:.4f}")
 
 
 @app.command()
@@ -170,16 +192,11 @@ def clean(
 
 @app.command()
 def collect(config: Config, results: Results = Path("results")) -> None:
-    """Compile the existing records into runs.parquet and rounds.parquet; list the missing ones."""
-    from fedlm.jobs import running
-    from fedlm.results import records as compiled
+    """Compile the existing records into parquet files of runs, rounds and trials; list the missing ones."""
+    from fedlm.jobs import collecting
 
     study = _study(config)
-    folders = _folders(study, results)
-    missing = running.restore(study, folders)
-    gone = set(missing)
-    paths = [folders.record(one) for one in study.runs() if one not in gone]
-    count = compiled.collect(paths, folders.root / "rounds.parquet", folders.root / "runs.parquet")
+    count, missing = collecting.collect(study, _folders(study, results))
     print(f"{study.study}: {count} records compiled")
     for one in missing:
         print(f"missing: {one.path}", file=sys.stderr)
@@ -197,7 +214,7 @@ def tables(
 
     study = _study(config)
     root = _folders(study, results).root
-    expected, titles = list(study.runs()), study.titles()
+    expected, titles = _expected(study), study.titles()
     if show:
         print(terminal(root / "runs.parquet", expected, titles, study.found.controls()))
         return
@@ -228,7 +245,7 @@ def figures(
         (folders.root / "partitions").rglob("seed*.json"),
         study.titles(),
         destination / study.study,
-        list(study.runs()),
+        _expected(study),
         controls=study.found.controls(),
     )
 

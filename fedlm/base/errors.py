@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class FailedRun(Exception):
     """A run that must not become a row of a table; the message names method, round and client."""
+
+
+class DivergedRun(FailedRun):
+    """A run whose loss, update or score is no longer finite: its settings are at fault, not the machine."""

@@ -1,5 +1,5 @@
 """The federated trainer: the base class of methods, a client's turn, the link to clients, the rounds.
 
-For methods: `method`. For others: `loop`, `rounds`, `turn`, `state`, `settings`, `facts`, `checkpoint`,
-`stored`, `reducible`.
+For methods: `method`, `search`. For others: `loop`, `rounds`, `turn`, `state`, `settings`, `facts`,
+`checkpoint`, `stored`, `reducible`.
 """

@@ -1,5 +1,6 @@
 """The federation: one loop for every method."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fedlm.base.errors import DivergedRun
 from fedlm.base.randomness import numpy_stream
 from fedlm.data.prepared import Prepared, Split
 from fedlm.exchange import payload, pruning
@@ -66,10 +68,13 @@ class Federation(Rounds):
         self.rounds: list[dict[str, Any]] = []
         self.began, self.spent = time.perf_counter(), 0.0  # spent: seconds of processes that were interrupted
 
-    def run(self, checkpoints: Checkpoints | None = None) -> None:
-        """Run all rounds, from the newest usable checkpoint where there is one.
+    def run(self, checkpoints: Checkpoints | None = None, test: bool = True) -> None:
+        """Run all rounds, from the newest usable checkpoint where there is one; then score the test split.
 
-        Raises FailedRun when a loss or an update is not finite, or an upload is not what it must be.
+        A trial of the tuning must not know the test split: with `test` False it is not scored.
+
+        Raises DivergedRun when a loss, an update or a score is not finite, FailedRun when an upload is not
+        what it must be.
         """
         with older_objects_set_aside(), checkpoints.watching_signals() if checkpoints else nullcontext():
             if checkpoints:
@@ -82,7 +87,7 @@ class Federation(Rounds):
                 self._close(round, clients, self.flops - before[0], self.queries - before[1])
                 if checkpoints:
                     checkpoints.round_ended(round, self._state)
-            self.test = self._score(self.split.test)
+            self.test = self._score(self.split.test) if test else None
 
     def _score(self, indices: numpy.ndarray) -> dict[str, float]:
         """Return the metrics of the server's model (the mean over models, where a method has several)."""
@@ -92,7 +97,11 @@ class Federation(Rounds):
             batch_size = self.training.scoring_batch_size
             autocast = self.training.autocast and getattr(torch, self.training.autocast)
             found.append(score(self.model, self.data, indices, batch_size, self.device, autocast))
-        return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+        scores = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+        for name, value in scores.items():
+            if not math.isfinite(value):
+                raise DivergedRun(f"method {self.method.name}: the {name} of the server's model is {value}")
+        return scores
 
     def _close(self, round: int, clients: list[int], flops: int, queries: int) -> None:
         """Score the server's model, record the round, log a line."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression
+from fedlm.federation.search import LogRange, Search
 from fedlm.federation.state import Segment, Server, Upload
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Method:
     Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
     `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task;
     `companions` names tensors that are sent along with a parameter, as `<parameter>@<companion>`, in its
-    shape.
+    shape; `search` names the settings that a study with `tuning` chooses, at most three, and their ranges.
     """
 
     name = ""
@@ -59,6 +60,7 @@ class Method:
     kinds: tuple[str, ...] = ("classification", "regression", "causal", "question_answering")
     Config: type[MethodConfig] = MethodConfig
     companions: tuple[str, ...] = ()
+    search: Search = {"training.learning_rate": LogRange(1e-5, 1e-3)}
 
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`

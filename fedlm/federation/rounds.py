@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fedlm.base.errors import FailedRun
+from fedlm.base.errors import DivergedRun, FailedRun
 from fedlm.base.randomness import derive, isolated, numpy_stream
 from fedlm.exchange import payload
 from fedlm.exchange.payload import PayloadError
@@ -29,7 +29,7 @@ from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Server, Upload
 from fedlm.federation.stored import StorageError
-from fedlm.federation.turn import Turn, TurnError, steps_of_turn
+from fedlm.federation.turn import NotFiniteError, Turn, TurnError, steps_of_turn
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.ledger import Ledger
 
@@ -115,7 +115,8 @@ class Rounds:
     def _failed(self, round: int, clients: list[int], error: Exception) -> FailedRun:
         where = f"client {clients[0]}" if len(clients) == 1 else f"clients {clients[0]} to {clients[-1]}"
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, StorageError) else error
-        return FailedRun(f"method {self.method.name}, round {round}, {where}: {reason}")
+        kind = DivergedRun if isinstance(error, NotFiniteError) else FailedRun
+        return kind(f"method {self.method.name}, round {round}, {where}: {reason}")
 
     def _turn(self, client: int, round: int) -> Upload | None:
         """Let one client download, train and upload."""
@@ -197,7 +198,7 @@ def _require_finite(tensors: dict[str, Tensor]) -> None:
             continue
         # One pass without a temporary: NaN and infinity survive a maximum.
         if not math.isfinite(torch.linalg.vector_norm(value, math.inf)):
-            raise TurnError(f"the update of {name} is not finite")
+            raise NotFiniteError(f"the update of {name} is not finite")
 
 
 def _first_value(parameter: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ from fedlm.measure.memory import MemoryTracker
 
 
 class TurnError(Exception):
-    """A turn that cannot be used: a loss or an update that is not finite, a correction of a wrong shape."""
+    """A turn that cannot be used, for example since a correction has a wrong shape."""
+
+
+class NotFiniteError(TurnError):
+    """A loss or an update that is not finite."""
 
 
 def steps_of_turn(
@@ -139,7 +143,8 @@ class Turn:
         returns the gradient to use; it is called once an optimizer step, after loss scaling is undone and
         before clipping.
 
-        Raises TurnError when the loss is not finite or a correction has another shape than its gradient.
+        Raises NotFiniteError when the loss is not finite, TurnError when a correction has another shape than
+        its gradient.
         """
         if not segment.trainable or not segment.steps:
             return
@@ -152,7 +157,7 @@ class Turn:
             self._done += 1
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
-            raise TurnError(f"the loss is {loss}")
+            raise NotFiniteError(f"the loss is {loss}")
         self.loss += loss * len(plan) / self.steps
         self._keep(optimizer)
 
@@ -161,7 +166,7 @@ class Turn:
 
         `values` are written into the model first, and stay there. Each forward pass is a query.
 
-        Raises TurnError when the loss is not finite.
+        Raises NotFiniteError when the loss is not finite.
         """
         self._write(values)
         plan = self._plan[begin : begin + segment.steps]
@@ -173,7 +178,7 @@ class Turn:
                 self.queries += 1
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
-            raise TurnError(f"the loss is {loss}")
+            raise NotFiniteError(f"the loss is {loss}")
         return loss
 
     def observed(self, loss: float) -> None:

@@ -1,11 +1,15 @@
 """Removing from a study's results what the current study does not use."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fedlm.base.errors import UserError
 from fedlm.base.files import locked_if_free
-from fedlm.jobs.running import Folders, asked_hashes, identity
+from fedlm.jobs import tuning
+from fedlm.jobs.folders import Folders
+from fedlm.jobs.running import asked_hashes, identity
 from fedlm.study.check import check
 from fedlm.study.study import Run, Study
 
@@ -44,20 +48,26 @@ def clean(study: Study, folders: Folders, dry_run: bool = False) -> list[tuple[P
 
 
 def _unused(study: Study, folders: Folders) -> Iterator[Unused]:
-    root, runs = folders.root, list(study.runs())
-    wanted = {(run.seed, *asked_hashes(study, run).values()) for run in runs}
+    root, runs = folders.root, [*study.runs(), *study.trials()]
+    wanted = {_identity(study, run, folders) for run in runs}
     for path in sorted((root / "finished").glob("*.json")):
-        if identity(path) not in wanted:
+        # As long as settings are to be chosen, it is not known which records they will need.
+        if None not in wanted and identity(path) not in wanted:
             yield Unused(path, [path], None)
 
-    busy = [run for run in _runs_below(root / "checkpoints", "lock") if _is_busy(folders, run)]
+    seed = study.tuning.seed if study.tuning else -1  # a trial's path does not name its seed
+    busy = [run for run in _runs_below(root / "checkpoints", seed) if _is_busy(folders, run)]
     if not busy:  # left by a process that was killed while it wrote a record
         yield from (Unused(path, [path], None) for path in sorted((root / "finished").glob(".*.part")))
     used = {*runs, *busy}
-    for run in _runs_below(root / "runs", "seed*.json"):
+    for run in (*_runs_below(root / "runs", seed), *_runs_below(root / "trials", seed)):
         if run not in used:
             yield Unused(folders.record(run), [folders.record(run)], None)
-    for run in _runs_below(root / "checkpoints", "lock"):
+    choices = {folders.choice(run.task, run.method) for run in study.trials()}
+    for path in sorted((root / "tuning").glob("*/*.json")):
+        if path not in choices:
+            yield Unused(path, [path], None)
+    for run in _runs_below(root / "checkpoints", seed):
         folder = folders.checkpoints(run)
         files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "lock"]
         if run not in used and files:
@@ -73,14 +83,25 @@ def _unused(study: Study, folders: Folders) -> Iterator[Unused]:
             yield Unused(folder, files, folder / "lock")
 
 
-def _runs_below(folder: Path, pattern: str) -> Iterator[Run]:
-    """Yield the labels of the runs that have a file below a folder."""
-    depth = "*/*/*/*" if pattern == "lock" else "*/*/*"
-    for path in sorted(folder.glob(f"{depth}/{pattern}")):
-        task, partition, method, seed = path.relative_to(folder).parts[:4]
-        number = seed.removeprefix("seed").removesuffix(".json")
-        if number.isdigit():
-            yield Run(task, partition, method, int(number))
+def _identity(study: Study, run: Run, folders: Folders) -> tuple[Any, ...] | None:
+    """Return what identifies a run's kept record; None while its settings are not yet chosen."""
+    try:
+        return run.seed, *asked_hashes(study, tuning.configuration(study, run, folders)).values()
+    except UserError:
+        return None
+
+
+def _runs_below(folder: Path, tuning_seed: int) -> Iterator[Run]:
+    """Yield the labels of the runs and trials that have a record or a checkpoint folder below a folder."""
+    for path in sorted(folder.glob("*/*/*/*")):
+        task, partition, method = path.relative_to(folder).parts[:3]
+        found = re.fullmatch(r"(seed|trial)(\d+)(\.json)?", path.name)
+        if found and bool(found[3]) != path.is_dir():
+            number = int(found[2])
+            is_trial = found[1] == "trial"
+            yield Run(
+                task, partition, method, tuning_seed if is_trial else number, number if is_trial else None
+            )
 
 
 def _is_busy(folders: Folders, run: Run) -> bool:

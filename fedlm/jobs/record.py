@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlm.base.files import write_atomically
+from fedlm.base.files import sha256, write_atomically
 from fedlm.jobs import provenance
 from fedlm.measure.memory import Memory
 from fedlm.study.study import RunConfig
@@ -37,17 +37,11 @@ def build(
     return {
         "record": VERSION,
         "status": "finished",
-        "study": config.study,
-        "task": config.task_label,
-        "partition": config.partition_label,
-        "method": config.method_label,
-        "seed": config.seed,
-        "config": config.resolved(),
-        "plugins": config.plugins(),
+        **_asked(config),
         "metric": data.metric,
         "greater_is_better": data.greater_is_better,
         "test": federation.test,
-        "test_score": federation.test[data.metric],
+        "test_score": federation.test and federation.test[data.metric],
         "validation_score": rounds[-1]["validation_score"],
         "baseline_validation": federation.baseline,
         "rounds": rounds,
@@ -70,14 +64,43 @@ def build(
         "wall_seconds": wall,
         "partition_skew": skew,
         "provenance": {
-            **source,
-            "versions": provenance.versions(),
-            "machine": provenance.machine(),
-            **hashes,
+            **_origin(source, hashes),
             "payload_sha256": final.sha256(),
         },
         "extra": {},
     }
+
+
+def failed(
+    config: RunConfig, error: Exception, source: dict[str, object], hashes: dict[str, str]
+) -> dict[str, Any]:
+    """Return the record of a trial that diverged: what was asked, the reason, and where it comes from."""
+    return {
+        "record": VERSION,
+        "status": "failed",
+        "error": str(error),
+        **_asked(config),
+        "provenance": _origin(source, hashes),
+    }
+
+
+def _asked(config: RunConfig) -> dict[str, Any]:
+    """Return the labels and settings; for a trial also its number, and for a tuned run what was searched."""
+    return {
+        "study": config.study,
+        "task": config.task_label,
+        "partition": config.partition_label,
+        "method": config.method_label,
+        "seed": config.seed,
+        **({} if config.trial is None else {"trial": config.trial}),
+        **({"searched": config.searched} if config.searched else {}),
+        "config": config.resolved(),
+        "plugins": config.plugins(),
+    }
+
+
+def _origin(source: dict[str, object], hashes: dict[str, str]) -> dict[str, Any]:
+    return {**source, "versions": provenance.versions(), "machine": provenance.machine(), **hashes}
 
 
 def _memory(memory: Memory) -> dict[str, int]:
@@ -91,5 +114,12 @@ def _block_number(item: tuple[str, Any]) -> tuple[int, str]:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record atomically."""
+    """Write a record atomically, with the hash of its content."""
+    record = {**record, "content_sha256": content_hash(record)}
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def content_hash(record: dict[str, Any]) -> str:
+    """Return the SHA-256 of a record's content, by which a later change of a value is noticed."""
+    content = {key: value for key, value in record.items() if key != "content_sha256"}
+    return sha256(json.dumps(content, sort_keys=True).encode())

@@ -44,14 +44,14 @@ def rerun(path: Path, results: Path | None = None, plugins: list[str] | None = N
     """
     before = read(path)
     study = of_record(before, plugins)
-    run = Run(before["task"], before["partition"], before["method"], before["seed"])
+    run = Run(before["task"], before["partition"], before["method"], before["seed"], before.get("trial"))
     from fedlm.study.check import check
 
     check(study)
     _use_threads(before)
     with tempfile.TemporaryDirectory(prefix="fedlm-rerun-") as aside:
         folders = running.Folders(study.study, results or Path(aside))
-        asked = (run.seed, *running.asked_hashes(study, run).values())
+        asked = (run.seed, *running.asked_hashes(study, study.run(*run)).values())
         kept = {running.identity(path) for path in folders.finished("any").parent.glob("*.json")}
         if folders.checkpoints(run).exists() or asked in kept:
             raise UserError(f"results: {folders.root} already holds this run; allowed: a new folder")

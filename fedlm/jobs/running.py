@@ -10,48 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlm.base.allocator import keep_freed_memory
-from fedlm.base.errors import FailedRun, UserError
+from fedlm.base.errors import DivergedRun, FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
 from fedlm.data.partition import PartitionFile
-from fedlm.jobs import provenance, record
+from fedlm.jobs import provenance, record, tuning
+from fedlm.jobs.folders import Folders
 from fedlm.study.study import Run, RunConfig, Study
 
 if TYPE_CHECKING:
     from fedlm.data.prepared import Prepared
 
-RESULTS = Path("results")
-
 
 def log(line: str) -> None:
     """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
-
-
-class Folders:
-    """Where a study's files are, below `results/<study>`."""
-
-    def __init__(self, study: str, results: Path = RESULTS) -> None:
-        self.root = Path(results) / study
-
-    def task(self, task: str) -> Path:
-        """Folder of a prepared task."""
-        return self.root / "tasks" / task
-
-    def partition(self, task: str, partition: str, seed: int) -> Path:
-        """File of a partition."""
-        return self.root / "partitions" / task / partition / f"seed{seed}.json"
-
-    def record(self, run: Run) -> Path:
-        """File of a run's record."""
-        return self.root / "runs" / f"{run.path}.json"
-
-    def checkpoints(self, run: Run) -> Path:
-        """Folder of a run's checkpoints, outside the pipeline's declared outputs."""
-        return self.root / "checkpoints" / run.path
-
-    def finished(self, fingerprint: str) -> Path:
-        """File of a finished run's kept record, independent of its labels."""
-        return self.root / "finished" / f"{fingerprint}.json"
 
 
 def prepare(study: Study, task: str, folders: Folders) -> "Prepared":
@@ -149,13 +121,13 @@ def execute(
 
     A finished run with the same fingerprint is not repeated, whatever its labels were: its kept record is
     restored. Prepared data and the partition are made again if they are missing or outdated. If another
-    process is executing this run, wait for it.
+    process is executing this run, wait for it. A trial that diverges gets a record too, which says so.
 
     Raises UserError for bad input and FailedRun for a run that failed.
     """
     from fedlm.federation.checkpoint import remove_checkpoints
 
-    config = study.run(*run)
+    config = tuning.configuration(study, run, folders)
     checkpoints, print_line = folders.checkpoints(run), _prefixed(progress, run)
     wait = "another process is running it; waiting for it to finish"
     with locked(checkpoints / "lock", lambda: print_line(wait)):
@@ -164,7 +136,7 @@ def execute(
                 prepare(study, run.task, folders)
             if not _is_divided(config, run, folders):
                 partition(study, run.task, run.partition, run.seed, folders)
-        hashes = _hashes(study, run, folders)
+        hashes = _hashes(study, run, config, folders)
         made = _finished(run, hashes, folders)
         if made:
             print_line("already finished; its record is restored")
@@ -177,9 +149,9 @@ def execute(
 
 
 def restore(study: Study, folders: Folders) -> list[Run]:
-    """Restore missing records of finished runs; return the runs that have no record."""
+    """Restore missing records of finished runs and trials; return those that have no record."""
     missing = []
-    for run in study.runs():
+    for run in (*study.runs(), *study.trials()):
         if folders.record(run).exists():
             continue
         made = _made_before(study, run, folders)
@@ -194,24 +166,23 @@ def _prefixed(progress: Callable[[str], None], run: Run) -> Callable[[str], None
     return lambda line: progress(f"{run.path}: {line}")
 
 
-def _hashes(study: Study, run: Run, folders: Folders) -> dict[str, str]:
+def _hashes(study: Study, run: Run, config: RunConfig, folders: Folders) -> dict[str, str]:
     """Return the hashes of settings, code, data, partition and the user's files that a run depends on."""
     prepared = json.loads((folders.task(run.task) / "task.json").read_text())
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     return {
-        **asked_hashes(study, run),
+        **asked_hashes(study, config),
         "data_sha256": prepared["sha256"],
         "partition_sha256": divided.content_hash(),
     }
 
 
-def asked_hashes(study: Study, run: Run) -> dict[str, str]:
+def asked_hashes(study: Study, config: RunConfig) -> dict[str, str]:
     """Return the hashes that are known before any data are prepared. They do not depend on labels."""
-    config = study.run(*run)
     return {
         "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
         "code_sha256": provenance.code_hash(config.method_class, config.task_class),
-        "origin_sha256": sha256(_origin(study, run.task).encode()),
+        "origin_sha256": sha256(_origin(study, config.task_label).encode()),
     }
 
 
@@ -234,17 +205,20 @@ def _finished(run: Run, hashes: dict[str, str], folders: Folders) -> dict[str, A
     """Return the kept record with these hashes, under the run's current labels."""
     try:
         found = json.loads(folders.finished(fingerprint(run.seed, hashes)).read_text())
-        whole = found["status"] == "finished" and found["seed"] == run.seed
+        whole = found["status"] == "finished" or (found["status"] == "failed" and run.trial is not None)
+        whole = whole and found["seed"] == run.seed and ("trial" in found) == (run.trial is not None)
         whole = whole and hashes.items() <= found["provenance"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return {**found, **run._asdict()} if whole else None
+    labels = {name: value for name, value in run._asdict().items() if value is not None}
+    return {**found, **labels} if whole else None
 
 
 def _made_before(study: Study, run: Run, folders: Folders) -> dict[str, Any] | None:
     """Return a run's kept record, None if its data or partition are missing or have changed."""
     try:
-        return _finished(run, _hashes(study, run, folders), folders)
+        config = tuning.configuration(study, run, folders)
+        return _finished(run, _hashes(study, run, config, folders), folders)
     except (OSError, UserError, ValueError, KeyError):
         return None
 
@@ -289,8 +263,15 @@ def _train(
         progress,
     )
     hashes = {**hashes, "model_sha256": model_hash}
-    federation.run(
-        Checkpoints(folders.checkpoints(run), fingerprint(run.seed, hashes), progress, checkpoint_seconds)
+    checkpoints = Checkpoints(
+        folders.checkpoints(run), fingerprint(run.seed, hashes), progress, checkpoint_seconds
     )
+    try:
+        federation.run(checkpoints, test=run.trial is None)
+    except DivergedRun as error:
+        if run.trial is None:
+            raise
+        progress(f"this trial failed: {error}")
+        return record.failed(config, error, source, hashes)
     wall = federation.spent + time.perf_counter() - started
     return record.build(config, federation, source, hashes, divided.skew, wall)

@@ -1,4 +1,4 @@
 """Studies: a study file read, checked and described, and the methods and tasks found for it.
 
-For others: `study`, `reading`, `check`, `schema`, `plugins`, `yaml_files`.
+For others: `study`, `tuning`, `reading`, `check`, `schema`, `plugins`, `yaml_files`.
 """

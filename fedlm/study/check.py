@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
+from pydantic import ValidationError
+
 from fedlm.base.errors import UserError
 from fedlm.data import schemes
 from fedlm.data.task import Task
 from fedlm.federation import reducible
-from fedlm.federation.facts import facts
+from fedlm.federation.facts import Facts, facts
 from fedlm.study.study import Study
 from fedlm.study.yaml_files import printable
 
@@ -58,6 +60,8 @@ def check(study: Study) -> None:
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
             attempt(f"methods.{name}", partial(built.check, found))
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
+            if study.tuning and chosen.tuned_as is None:
+                attempt(f"methods.{name}", partial(_check_trials, study, label, name, found))
             virtual, positions = built.virtual_tokens(), found.positions
             if positions is not None and positions - virtual < 8:
                 faults.append(
@@ -80,6 +84,17 @@ def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -
             f"partitions.{name} (of tasks.{label})",
             partial(schemes.check, config, clients, most, labels, groups),
         )
+
+
+def _check_trials(study: Study, task: str, method: str, found: Facts) -> None:
+    """Check the settings of each trial, which also have to fit the row's other settings and the model."""
+    for run in study.trials():
+        if (run.task, run.method) == (task, method):
+            try:
+                config = study.run(*run)
+            except ValidationError as error:
+                raise UserError(f"trial {run.trial}: {error.errors()[0]['msg']}") from error
+            config.method_class(config.method_settings, config.federation.clients, run.seed).check(found)
 
 
 def _require_cuda() -> None:

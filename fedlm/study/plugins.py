@@ -19,15 +19,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from fedlm.base.errors import UserError
 from fedlm.data.task import COLUMNS, Task
 from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.search import LogRange, OneOf
+from fedlm.federation.settings import Training
 from fedlm.study.yaml_files import printable, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (ROOT / "methods", ROOT / "tasks")
 Plugin = TypeVar("Plugin", Method, Task)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MOST_SEARCHED = 3  # settings; with more, a handful of trials cannot fill the space
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,42 @@ def _add(path: Path, methods: dict[str, type[Method]], tasks: dict[str, type[Tas
 def _named(method: type[Method], path: Path) -> type[Method]:
     if not method.title:
         raise UserError(f"{path}: {method.__name__}.title is empty; it names the row in tables")
+    _check_search(method, path)
     method.name = path.stem
     return method
+
+
+def _check_search(method: type[Method], path: Path) -> None:
+    where, search = f"{path}: {method.__name__}.search", method.search
+    if not isinstance(search, dict) or not 1 <= len(search) <= MOST_SEARCHED:
+        raise UserError(f"{where}: {shown(search)}; allowed: ranges of 1 to {MOST_SEARCHED} settings")
+    settings = {f"training.{key}" for key in Training.model_fields} | set(method.Config.model_fields)
+    for key, places in search.items():
+        if key not in settings:
+            raise UserError(
+                f"{where}: {shown(key)}; allowed: training.<key>, or a key of the method's Config"
+            )
+        tried: tuple = ()
+        if isinstance(places, LogRange):
+            good, tried = 0 < places.low < places.high, tuple(places)
+        elif good := isinstance(places, OneOf) and len(places.values) > 1:
+            tried = places.values
+        if not good:
+            raise UserError(
+                f"{where}.{key}: {shown(places)}; allowed: LogRange(low, high) with 0 < low < high, or OneOf "
+                "with at least two values"
+            )
+        section, _, name = key.rpartition(".")
+        for value in tried:
+            try:
+                (Training if section else method.Config).model_validate({name: value})
+            except ValidationError as error:
+                # Other keys may be required, or have to fit this one: the study's check sees to that.
+                for item in error.errors():
+                    if item["loc"][:1] == (name,):
+                        raise UserError(
+                            f"{where}.{key}: {shown(value)}; {printable(item['msg'], 300)}"
+                        ) from error
 
 
 def _check_task(task: type[Task], path: Path) -> None:

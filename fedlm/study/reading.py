@@ -13,7 +13,7 @@ from fedlm.data.partition import PartitionConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
-from fedlm.study.study import LABEL, MethodEntry, Pipeline, Study, TaskEntry
+from fedlm.study.study import LABEL, MethodEntry, Pipeline, Study, TaskEntry, Tuning
 from fedlm.study.yaml_files import printable, read_yaml, shown
 
 LARGEST_STUDY = 1_000_000  # runs
@@ -110,6 +110,7 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
         "federation",
         "training",
         "pipeline",
+        "tuning",
         "plugins",
         "tasks",
         "partitions",
@@ -142,12 +143,23 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
         name: _method(reader, name, entry, plain, tasks, partitions, found.methods)
         for name, entry in reader.section(values, "methods").items()
     }
+    tuning = _tuning(reader, values.get("tuning"), seeds, tasks, partitions)
+    for name, entry in methods.items():
+        if entry is not None:
+            _tuned(reader, name, entry, tuning, tasks, methods, found.methods)
     size = len(tasks) * len(partitions) * len(methods) * len(seeds)
     if size > LARGEST_STUDY:
         reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
     if reader.faults:
         raise UserError(reader.message(where))
-    values = {"found": found, "study": label, "seeds": seeds, "model": model, "tasks": tasks}
+    values = {
+        "found": found,
+        "study": label,
+        "seeds": seeds,
+        "model": model,
+        "tasks": tasks,
+        "tuning": tuning,
+    }
     return Study.model_validate({**values, "partitions": partitions, "methods": methods, **plain})
 
 
@@ -191,6 +203,62 @@ def _plugins(reader: _Reader, value: Any, folder: Path) -> plugins.Found | None:
         for line in str(error).splitlines():
             reader.fault("plugins", printable(line, 1000))
         return None
+
+
+def _tuning(reader: _Reader, values: Any, seeds: list[int], tasks: dict, partitions: dict) -> Tuning | None:
+    if values is None:
+        return None
+    tuning = reader.parse("tuning", Tuning, values)
+    if tuning is None:
+        return None
+    if tuning.seed in seeds:
+        reader.fault("tuning.seed", f"{tuning.seed}; allowed: a seed that is not under `seeds`")
+    for task, partition in tuning.partitions.items():
+        if partition not in partitions:
+            reader.fault(
+                f"tuning.partitions.{printable(task, 80)}",
+                f"{shown(partition)}; allowed: {', '.join(partitions)}",
+            )
+    if set(tuning.partitions) != set(tasks):
+        reader.fault(
+            "tuning.partitions",
+            f"{shown(sorted(tuning.partitions))}; allowed: one partition for each of {', '.join(tasks)}",
+        )
+    return tuning
+
+
+def _tuned(
+    reader: _Reader,
+    label: str,
+    entry: MethodEntry,
+    tuning: Tuning | None,
+    tasks: dict,
+    methods: dict,
+    known: dict,
+) -> None:
+    """Check what a row of the study says about its tuning."""
+    path = f"methods.{label}"
+    if tuning is None:
+        if entry.tuned_as is not None:
+            reader.fault(f"{path}.tuned_as", f"{shown(entry.tuned_as)}; allowed only with `tuning`")
+        return
+    for key in known[entry.method].search:
+        section, _, name = key.rpartition(".")
+        if name in (entry.training if section else entry.settings.model_fields_set):
+            reader.fault(f"{path}.{key}", "allowed: nothing, since `tuning` chooses it")
+    if entry.tuned_as is None:
+        return
+    other = methods.get(entry.tuned_as, entry)
+    same = [
+        name for name, one in methods.items() if one and one.tuned_as is None and one.method == entry.method
+    ]
+    if entry.tuned_as not in same:
+        reader.fault(
+            f"{path}.tuned_as",
+            f"{shown(entry.tuned_as)}; allowed: a tuned row of the same method: {', '.join(same) or 'none'}",
+        )
+    elif other.tasks is not None and not set(entry.tasks or tasks) <= set(other.tasks):
+        reader.fault(f"{path}.tuned_as", f"{entry.tuned_as!r} is tuned only on {', '.join(other.tasks)}")
 
 
 def _model_values(value: Any) -> Any:
@@ -241,6 +309,10 @@ def _method(
         "partitions": _labels(reader, f"{path}.partitions", entry.pop("partitions", None), partitions),
     }
     training = _overrides(reader, path, entry, "training", plain["training"])
+    tuned_as = entry.pop("tuned_as", None)
+    if tuned_as is not None and not isinstance(tuned_as, str):
+        reader.fault(f"{path}.tuned_as", f"{shown(tuned_as)}; allowed: the label of another row")
+        tuned_as = None
     title = entry.pop("title", None)
     if title is not None and not (isinstance(title, str) and 0 < len(title) <= 60 and title.isprintable()):
         reader.fault(f"{path}.title", f"{shown(title)}; allowed: one line of up to 60 characters")
@@ -250,7 +322,9 @@ def _method(
         return None
     if title is None:
         title = found.title if label == name else f"{found.title} ({label})"
-    return MethodEntry(method=name, settings=settings, title=title, training=training, **only)
+    return MethodEntry(
+        method=name, settings=settings, title=title, training=training, tuned_as=tuned_as, **only
+    )
 
 
 def _labels(reader: _Reader, path: str, value: Any, allowed: dict) -> list[str] | None:

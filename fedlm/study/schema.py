@@ -9,7 +9,7 @@ from fedlm.data.schemes import PartitionConfig
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
-from fedlm.study.study import LABEL, Pipeline
+from fedlm.study.study import LABEL, Pipeline, Tuning
 
 
 def schema() -> str:
@@ -46,6 +46,7 @@ def schema() -> str:
         "tasks": label_list,
         "partitions": label_list,
         "training": training,
+        "tuned_as": {"type": "string", "description": "row whose trials choose this row's settings too"},
     }
     names = {"pattern": f"^{LABEL.pattern}$"}
     entries = {
@@ -65,6 +66,7 @@ def schema() -> str:
             "federation": federation,
             "training": training,
             "pipeline": optional(Pipeline),
+            "tuning": optional(Tuning),
             "plugins": {
                 "anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string", "minLength": 1}}],
                 "description": "folders with your own methods and tasks, relative to the study file",

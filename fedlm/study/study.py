@@ -40,6 +40,14 @@ class Pipeline(Settings):
     gpus: int = Field(0, ge=0, le=64, description="GPUs of one training job")
 
 
+class Tuning(Settings):
+    """How the methods' searched settings are chosen: by the validation score of the same trials for each."""
+
+    seed: int = Field(ge=0, lt=2**31, description="seed of the trials, not one of the study's seeds")
+    trials: int = Field(8, ge=1, le=1000, description="trials of each method on each task")
+    partitions: dict[str, str] = Field(description="for each task, the partition on which methods are tuned")
+
+
 class TaskEntry(Settings):
     """One label under `tasks:`; the task's own settings are given next to these keys."""
 
@@ -58,21 +66,24 @@ class MethodEntry(Settings):
     title: str
     tasks: list[str] | None = None
     partitions: list[str] | None = None
+    tuned_as: str | None = None
     training: dict[str, Any] = {}
 
 
 class Run(NamedTuple):
-    """The labels of one run."""
+    """The labels of one run, or of one trial of the tuning."""
 
     task: str
     partition: str
     method: str
     seed: int
+    trial: int | None = None
 
     @property
     def path(self) -> str:
-        """Path of the run below `results/<study>/runs`, without its ending."""
-        return f"{self.task}/{self.partition}/{self.method}/seed{self.seed}"
+        """Path of the run below the study's `runs`, or of the trial below `trials`, without its ending."""
+        name = f"seed{self.seed}" if self.trial is None else f"trial{self.trial}"
+        return f"{self.task}/{self.partition}/{self.method}/{name}"
 
 
 class RunConfig(Settings):
@@ -83,6 +94,8 @@ class RunConfig(Settings):
     partition_label: str
     method_label: str
     seed: int
+    trial: int | None = None
+    searched: dict[str, Any] = {}
     task: str
     task_class: type[Task]
     task_settings: Any
@@ -130,6 +143,7 @@ class Study(Settings):
     tasks: dict[str, TaskEntry]
     partitions: dict[str, PartitionConfig]
     methods: dict[str, MethodEntry]
+    tuning: Tuning | None = None
 
     def runs(self) -> Iterator[Run]:
         """Yield the study's runs in the order of the file."""
@@ -143,16 +157,33 @@ class Study(Settings):
                     for seed in self.seeds:
                         yield Run(task, partition, label, seed)
 
-    def named(self, paths: Iterable[str]) -> list[Run]:
-        """Return the runs of these paths (task/partition/method/seed<k>), in their order.
+    def trials(self) -> Iterator[Run]:
+        """Yield the trials of the study's tuning, none if it has no tuning."""
+        if self.tuning is None:
+            return
+        for task, partition in self.tuning.partitions.items():
+            for label, entry in self.methods.items():
+                if entry.tuned_as is None and (entry.tasks is None or task in entry.tasks):
+                    for trial in range(self.tuning.trials):
+                        yield Run(task, partition, label, self.tuning.seed, trial)
 
-        Raises UserError for a path that is not one of the study's runs.
+    def named(self, paths: Iterable[str]) -> list[Run]:
+        """Return the runs and trials of these paths (see `Run.path`), in their order.
+
+        Raises UserError for a path that is not in the study.
         """
-        paths, known = list(paths), {run.path: run for run in self.runs()}
+        paths, known = list(paths), {run.path: run for run in (*self.runs(), *self.trials())}
         for path in paths:
             if path not in known:
-                raise UserError(f"run: {path!r} is not in the study; allowed: task/partition/method/seed<k>")
+                raise UserError(
+                    f"run: {path!r} is not in the study; allowed: task/partition/method/seed<k>"
+                    + (" or .../trial<k>" if self.tuning else "")
+                )
         return [known[path] for path in paths]
+
+    def tuned_row(self, method: str) -> str:
+        """Return the label of the row whose trials choose the settings of a method label."""
+        return self.methods[method].tuned_as or method
 
     def titles(self) -> dict[str, str]:
         """Return the title of each method label, in the order of the file."""
@@ -164,31 +195,50 @@ class Study(Settings):
         entry = self.tasks[label]
         return self.found.tasks[entry.task](entry.settings)
 
-    def run(self, task: str, partition: str, method: str, seed: int) -> RunConfig:
-        """Return the configuration of one run.
+    def run(
+        self,
+        task: str,
+        partition: str,
+        method: str,
+        seed: int,
+        trial: int | None = None,
+        chosen: dict[str, Any] | None = None,
+    ) -> RunConfig:
+        """Return the configuration of one run, or of a trial with the settings drawn for it.
 
-        Raises UserError for a label that the study does not have.
+        `chosen` holds the values that the tuning chose; without them the searched settings of a run have
+        their defaults. Raises UserError for a label that the study does not have.
         """
         _known("task", task, self.tasks)
         _known("partition", partition, self.partitions)
         _known("method", method, self.methods)
         of_task, of_method = self.tasks[task], self.methods[method]
+        kind = self.found.methods[of_method.method]
+        searched = chosen or {}
+        if trial is not None and self.tuning is not None:
+            from fedlm.study.tuning import settings_of  # only here, since it imports scipy
+
+            searched = settings_of(kind, trial)
+        of_training = {key.removeprefix("training."): value for key, value in searched.items() if "." in key}
+        of_itself = {key: value for key, value in searched.items() if "." not in key}
         return RunConfig(
             study=self.study,
             task_label=task,
             partition_label=partition,
             method_label=method,
             seed=seed,
+            trial=trial,
+            searched=searched,
             task=of_task.task,
             task_class=self.found.tasks[of_task.task],
             task_settings=of_task.settings,
             model=of_task.model or self.model,
             partition=self.partitions[partition],
             method=of_method.method,
-            method_class=self.found.methods[of_method.method],
-            method_settings=of_method.settings,
+            method_class=kind,
+            method_settings=_merged(of_method.settings, of_itself) if of_itself else of_method.settings,
             federation=_merged(self.federation, of_task.federation),
-            training=_merged(self.training, of_task.training, of_method.training),
+            training=_merged(self.training, of_task.training, of_method.training, of_training),
         )
 
 

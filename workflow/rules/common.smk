@@ -58,12 +58,15 @@ except UserError as error:
     sys.exit(2)
 
 RUNS = list(study.runs())
+TRIALS = list(study.trials())
 RESULTS = f"results/{study.study}"
 FIGURES = f"figures/{study.study}"
 EXAMPLES = f"{RESULTS}/tasks/{{task}}/examples.parquet"
 DESCRIPTION = f"{RESULTS}/tasks/{{task}}/task.json"
 PARTITION = f"{RESULTS}/partitions/{{task}}/{{partition}}/seed{{seed}}.json"
 RECORD = f"{RESULTS}/runs/{{task}}/{{partition}}/{{method}}/seed{{seed}}.json"
+TRIAL = f"{RESULTS}/trials/{{task}}/{{partition}}/{{method}}/trial{{trial}}.json"
+CHOICE = f"{RESULTS}/tuning/{{task}}/{{method}}.json"
 PREDICTIONS = f"{RESULTS}/costs/predictions.json"
 
 
@@ -72,6 +75,7 @@ wildcard_constraints:
     partition="[^/]+",
     method="[^/]+",
     seed="[0-9]+",
+    trial="[0-9]+",
 
 
 def digest(*parts):
@@ -133,19 +137,48 @@ def partition_depends_on(task, partition):
 
 @cache
 def run_depends_on(task, partition, method):
-    """Return a hash of the settings and sources that all seeds of a run depend on."""
+    """Return a hash of the settings and sources that all seeds of a run depend on.
+
+    What the tuning chooses is not among them: it is in a file, which is the run's input.
+    """
     run = study.run(task, partition, method, study.seeds[0])
     return digest(run.resolved(), code_hash(run.method_class, run.task_class))
 
 
+@cache
+def trial_depends_on(task, partition, method, trial):
+    """Return a hash of the settings and sources that a trial depends on."""
+    run = study.run(task, partition, method, study.tuning.seed, trial)
+    return digest(run.resolved(), code_hash(run.method_class, run.task_class))
+
+
+def depends_on(run):
+    """Return a hash of what a run or trial depends on."""
+    if run.trial is None:
+        return run_depends_on(run.task, run.partition, run.method)
+    return trial_depends_on(run.task, run.partition, run.method, run.trial)
+
+
+def record_of(run):
+    """Return the file of the record of a run or trial."""
+    return (RECORD if run.trial is None else TRIAL).format(**run._asdict())
+
+
+def choice_of(task, method):
+    """Return the file of the settings chosen for a method, as a list that is empty without tuning."""
+    if study.tuning is None:
+        return []
+    return [CHOICE.format(task=task, method=study.tuned_row(method))]
+
+
 def bundles(runs, largest):
-    """Group runs into lists of at most `largest` that share a process: of one task and method, with equal needs.
+    """Group runs, or trials, into lists of at most `largest` that share a process: of one task and method.
 
     A bundle also ends before its command line exceeds the system's limit (128 kB on Linux).
     """
     groups = {}
     for run in runs:
-        groups.setdefault((run.task, run.method), []).append(run)
+        groups.setdefault((run.task, run.method, run.trial is None), []).append(run)
     for group in groups.values():
         size = min(largest, 100_000 // (1 + max(len(run.path) for run in group)))
         for start in range(0, len(group), size):

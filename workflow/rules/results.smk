@@ -17,12 +17,9 @@ PICTURES = names(len(study.tasks), len(study.partitions))
 
 rule collect:
     input:
-        expand(
-            RECORD,
-            zip,
-            **{key: [getattr(run, key) for run in RUNS] for key in RUNS[0]._fields},
-        ),
+        [record_of(run) for run in RUNS + TRIALS],
     output:
+        **({"trials": f"{RESULTS}/trials.parquet"} if TRIALS else {}),
         runs=f"{RESULTS}/runs.parquet",
         rounds=f"{RESULTS}/rounds.parquet",
     log:
@@ -31,8 +28,8 @@ rule collect:
         "../../environment.yml"
     params:
         study=STUDY_FILE,
-        runs=digest([run.path for run in RUNS]),
-        depends_on=sources("fedlm/results/records.py"),
+        runs=digest([run.path for run in RUNS + TRIALS]),
+        depends_on=sources("fedlm/jobs/collecting.py"),
     message:
         f"Collecting {len(RUNS)} records"
     shell:

@@ -9,6 +9,7 @@ if study.pipeline.runs_per_job == 1:
             examples=EXAMPLES,
             description=DESCRIPTION,
             partition=PARTITION,
+            choice=lambda wildcards: choice_of(wildcards.task, wildcards.method),
             predictions=predictions,
         output:
             RECORD,
@@ -34,9 +35,48 @@ if study.pipeline.runs_per_job == 1:
             "python3 -m fedlm run --config {params.study:q} --task {wildcards.task} --partition {wildcards.partition}"
             " --method {wildcards.method} --seed {wildcards.seed} --output {output} 2>&1 | tee {log}"
 
+    rule trial:
+        input:
+            examples=EXAMPLES,
+            description=DESCRIPTION,
+            partition=lambda wildcards: PARTITION.format(
+                seed=study.tuning.seed, **wildcards
+            ),
+            predictions=predictions,
+        output:
+            TRIAL,
+        log:
+            f"{RESULTS}/logs/train/{{task}}/{{partition}}/{{method}}/trial{{trial}}.log",
+        conda:
+            "../../environment.yml"
+        threads: study.pipeline.threads
+        resources:
+            mem_mb=lambda wildcards, input, attempt: memory_mb(
+                wildcards.task, wildcards.method, input.predictions, attempt
+            ),
+            runtime=study.pipeline.minutes,
+            gpu=study.pipeline.gpus,
+        params:
+            study=STUDY_FILE,
+            run=lambda wildcards: "{task}/{partition}/{method}/trial{trial}".format(
+                **wildcards
+            ),
+            depends_on=lambda wildcards: trial_depends_on(
+                wildcards.task,
+                wildcards.partition,
+                wildcards.method,
+                int(wildcards.trial),
+            ),
+        message:
+            "Trying settings of {wildcards.method} on {wildcards.task}, trial {wildcards.trial}"
+        shell:
+            "python3 -m fedlm run-many --config {params.study:q} {params.run} 2>&1 | tee {log}"
+
 else:
 
-    for number, bundle in enumerate(bundles(RUNS, study.pipeline.runs_per_job)):
+    for number, bundle in enumerate(
+        bundles(RUNS + TRIALS, study.pipeline.runs_per_job)
+    ):
 
         rule:
             name:
@@ -45,9 +85,14 @@ else:
                 examples=EXAMPLES.format(task=bundle[0].task),
                 description=DESCRIPTION.format(task=bundle[0].task),
                 partitions=sorted({PARTITION.format(**run._asdict()) for run in bundle}),
+                choices=(
+                    choice_of(bundle[0].task, bundle[0].method)
+                    if bundle[0].trial is None
+                    else []
+                ),
                 predictions=predictions,
             output:
-                [RECORD.format(**run._asdict()) for run in bundle],
+                [record_of(run) for run in bundle],
             log:
                 f"{RESULTS}/logs/train/bundle{number}.log",
             conda:
@@ -63,9 +108,35 @@ else:
                 study=STUDY_FILE,
                 runs=[run.path for run in bundle],
                 depends_on=lambda wildcards, bundle=bundle: [
-                    run_depends_on(*run[:3]) for run in bundle
+                    depends_on(run) for run in bundle
                 ],
             message:
-                f"Training {bundle[0].method} on {bundle[0].task}: {len(bundle)} runs in one process"
+                f"Training {bundle[0].method} on {bundle[0].task}: {len(bundle)} "
+                f"{'runs' if bundle[0].trial is None else 'trials'} in one process"
             shell:
                 "python3 -m fedlm run-many --config {params.study:q} {params.runs} 2>&1 | tee {log}"
+
+
+# The settings that a study with `tuning` chooses for each method on each task.
+rule choose:
+    input:
+        lambda wildcards: [
+            record_of(trial)
+            for trial in TRIALS
+            if (trial.task, trial.method) == (wildcards.task, wildcards.method)
+        ],
+    output:
+        CHOICE,
+    log:
+        f"{RESULTS}/logs/choose/{{task}}/{{method}}.log",
+    conda:
+        "../../environment.yml"
+    threads: 1
+    params:
+        study=STUDY_FILE,
+        depends_on=sources("fedlm/jobs/tuning.py"),
+    message:
+        "Choosing the settings of {wildcards.method} on {wildcards.task}"
+    shell:
+        "python3 -m fedlm choose --config {params.study:q} --task {wildcards.task}"
+        " --method {wildcards.method} 2>&1 | tee {log}"
