@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.search import LogRange
 
 if TYPE_CHECKING:
     from torch.nn import Linear
@@ -34,6 +35,7 @@ class FedAdapter(Method):
 
     title = "FedAdapter"
     reference = "arXiv:1902.00751"
+    search = {"training.learning_rate": LogRange(1e-4, 1e-2)}
 
     class Config(MethodConfig):
         """Size and places of the adapters."""

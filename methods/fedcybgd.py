@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from fedlm.base.errors import UserError
 from fedlm.base.randomness import numpy_stream
 from fedlm.federation.method import Method, MethodConfig, Segment
+from fedlm.federation.search import LogRange
 
 if TYPE_CHECKING:
     from fedlm.federation.method import Facts, Module, PreTrainedModel
@@ -30,6 +31,7 @@ class FedCyBGD(Method):
 
     title = "FedCyBGD"
     reference = "arXiv:2406.11187"
+    search = {"training.learning_rate": LogRange(2e-5, 2e-3)}
 
     class Config(MethodConfig):
         """Which block a client trains, and with whom."""

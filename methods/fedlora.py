@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig, weighted_mean
+from fedlm.federation.search import LogRange
 
 if TYPE_CHECKING:
     from fedlm.federation.method import Facts, Module, PreTrainedModel, Server, Tensor, Turn, Upload
@@ -37,6 +38,7 @@ class FedLoRA(Method):
 
     title = "FedLoRA"
     reference = "arXiv:2305.05644"
+    search = {"training.learning_rate": LogRange(3e-4, 3e-2)}
 
     class Config(MethodConfig):
         """Shape of the adapters, and how they are averaged."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from fedlm.base.errors import UserError
 from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.search import LogRange
 
 if TYPE_CHECKING:
     from fedlm.federation.method import Facts, Module, PreTrainedModel
@@ -34,6 +35,7 @@ class FedPrompt(Method):
 
     title = "FedPrompt"
     reference = "arXiv:2208.12268"
+    search = {"training.learning_rate": LogRange(3e-3, 3e-1)}
 
     class Config(MethodConfig):
         """Form and number of the virtual tokens."""

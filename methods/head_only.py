@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedlm.federation.method import Method
+from fedlm.federation.search import LogRange
 
 if TYPE_CHECKING:
     from fedlm.federation.method import Module, PreTrainedModel
@@ -16,6 +17,7 @@ class HeadOnly(Method):
     title = "Head only"
     reference = "control"
     control = True
+    search = {"training.learning_rate": LogRange(1e-3, 1e-1)}
     kinds = ("classification", "regression", "question_answering")
 
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:

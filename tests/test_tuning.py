@@ -87,6 +87,24 @@ def test_methods_of_other_names_try_other_points():
     assert settings_of(other, 0) != settings_of(Ranged, 0)
 
 
+def test_a_task_may_have_partitions_of_its_own(tmp_path):
+    path = study_of(
+        tmp_path, partitions={"iid": None, "pooled": None, "skewed": {"scheme": "dirichlet", "alpha": 0.5}}
+    )
+    text = path.read_text()
+    path.write_text(text.replace("label: label", "label: label\n    partitions: [skewed, iid]"))
+    study = load(path)
+    assert [run.partition for run in study.runs()] == ["iid", "skewed"]
+    path.write_text(text.replace("label: label", "label: label\n    partitions: [pooled]"))
+    with pytest.raises(UserError, match=r"tuning.partitions.films: 'iid'; allowed: pooled"):
+        load(path)
+    path.write_text(text.replace("label: label", "label: label\n    partitions: [gone]"))
+    with pytest.raises(
+        UserError, match=r"tasks.films.partitions: \['gone'\]; allowed: a list of iid, pooled, skewed"
+    ):
+        load(path)
+
+
 @given(some.floats(0, 1, exclude_max=True), some.floats(1e-8, 1e-2), some.floats(1.5, 1e6))
 def test_a_value_lies_in_its_range_up_to_rounding(position, low, factor):
     value = LogRange(low, low * factor).at(position)

@@ -78,7 +78,8 @@ def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -
     """Check that the task can be partitioned as in the study, as far as that is known without its data."""
     labels, groups = task.count_labels(), None if task.has_groups else 0
     most = getattr(task.config, "train_examples", None)  # there may be fewer, which only the data show
-    for name, config in study.partitions.items():
+    for name in study.partitions_of(label):
+        config = study.partitions[name]
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients
         attempt(
             f"partitions.{name} (of tasks.{label})",

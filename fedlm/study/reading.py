@@ -136,7 +136,7 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
     if found is None:  # methods and tasks cannot be looked up without the plug-ins
         raise UserError(reader.message(where))
     tasks = {
-        name: _task(reader, name, entry, plain, found.tasks)
+        name: _task(reader, name, entry, plain, partitions, found.tasks)
         for name, entry in reader.section(values, "tasks").items()
     }
     methods = {
@@ -214,10 +214,11 @@ def _tuning(reader: _Reader, values: Any, seeds: list[int], tasks: dict, partiti
     if tuning.seed in seeds:
         reader.fault("tuning.seed", f"{tuning.seed}; allowed: a seed that is not under `seeds`")
     for task, partition in tuning.partitions.items():
-        if partition not in partitions:
+        only = tasks[task].partitions if tasks.get(task) else None
+        if partition not in (allowed := only or partitions):
             reader.fault(
                 f"tuning.partitions.{printable(task, 80)}",
-                f"{shown(partition)}; allowed: {', '.join(partitions)}",
+                f"{shown(partition)}; allowed: {', '.join(allowed)}",
             )
     if set(tuning.partitions) != set(tasks):
         reader.fault(
@@ -286,7 +287,9 @@ def _choice(reader: _Reader, path: str, key: str, name: Any, allowed: dict) -> A
     return allowed[name]
 
 
-def _task(reader: _Reader, label: str, entry: dict, plain: dict, known: dict) -> TaskEntry | None:
+def _task(
+    reader: _Reader, label: str, entry: dict, plain: dict, partitions: dict, known: dict
+) -> TaskEntry | None:
     path = f"tasks.{label}"
     name = entry.pop("task", label)
     found = _choice(reader, path, "task", name, known)
@@ -294,8 +297,9 @@ def _task(reader: _Reader, label: str, entry: dict, plain: dict, known: dict) ->
     if "model" in entry:
         model = reader.parse(f"{path}.model", ModelConfig, _model_values(entry.pop("model")))
     overrides = {key: _overrides(reader, path, entry, key, plain[key]) for key in ("federation", "training")}
+    only = _labels(reader, f"{path}.partitions", entry.pop("partitions", None), partitions)
     settings = reader.parse(path, found.Config, entry) if found else None
-    return settings and TaskEntry(task=name, settings=settings, model=model, **overrides)
+    return settings and TaskEntry(task=name, settings=settings, model=model, partitions=only, **overrides)
 
 
 def _method(

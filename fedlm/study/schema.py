@@ -40,7 +40,7 @@ def schema() -> str:
     model = {"anyOf": [{"type": "string"}, reference(ModelConfig)]}
     training, federation = optional(Training), optional(Federation)
     label_list = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-    task_extra = {"model": model, "federation": federation, "training": training}
+    task_extra = {"model": model, "partitions": label_list, "federation": federation, "training": training}
     method_extra = {
         "title": {"type": "string"},
         "tasks": label_list,

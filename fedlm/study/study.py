@@ -54,6 +54,7 @@ class TaskEntry(Settings):
     task: str
     settings: Any
     model: ModelConfig | None = None
+    partitions: list[str] | None = None
     federation: dict[str, Any] = {}
     training: dict[str, Any] = {}
 
@@ -148,7 +149,7 @@ class Study(Settings):
     def runs(self) -> Iterator[Run]:
         """Yield the study's runs in the order of the file."""
         for task in self.tasks:
-            for partition in self.partitions:
+            for partition in self.partitions_of(task):
                 for label, entry in self.methods.items():
                     if entry.tasks is not None and task not in entry.tasks:
                         continue
@@ -184,6 +185,11 @@ class Study(Settings):
     def tuned_row(self, method: str) -> str:
         """Return the label of the row whose trials choose the settings of a method label."""
         return self.methods[method].tuned_as or method
+
+    def partitions_of(self, task: str) -> list[str]:
+        """Return the labels of a task's partitions, in the order of the file."""
+        only = self.tasks[task].partitions
+        return [label for label in self.partitions if only is None or label in only]
 
     def titles(self) -> dict[str, str]:
         """Return the title of each method label, in the order of the file."""
