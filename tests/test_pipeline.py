@@ -49,11 +49,11 @@ class Place:
             sys.executable,
             "-m",
             "snakemake",
+            *arguments,  # first, since --configfile takes all that follows it
             "--cores",
             "2",
             "--configfile",
             str(self.study),
-            *arguments,
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
@@ -184,10 +184,10 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
 
 def test_a_renamed_label_trains_nothing(tmp_path):
     place = Place(tmp_path, methods={"head_only": None}, federation={"clients": 2, "rounds": 1})
-    status, output = place.snakemake()
+    status, output = place.snakemake("tables")
     assert status == 0 and "head_only/seed1: round 1/1" in output, output
     place.write(methods={"only_the_head": {"method": "head_only"}})
-    status, output = place.snakemake()
+    status, output = place.snakemake("tables")
     assert status == 0, output
     assert "only_the_head/seed1: already finished; its record is restored" in output
     assert ": round " not in output
