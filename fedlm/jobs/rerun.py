@@ -42,6 +42,13 @@ def rerun(path: Path, results: Path | None = None, plugins: list[str] | None = N
 
     Raises UserError if the file is not a record, or something that it names is not available here.
     """
+    return report(*repeat(path, results, plugins))
+
+
+def repeat(
+    path: Path, results: Path | None = None, plugins: list[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Repeat the run of a record, as `rerun` does; return its record and the new one."""
     before = read(path)
     study = of_record(before, plugins)
     run = Run(before["task"], before["partition"], before["method"], before["seed"], before.get("trial"))
@@ -57,7 +64,7 @@ def rerun(path: Path, results: Path | None = None, plugins: list[str] | None = N
             raise UserError(f"results: {folders.root} already holds this run; allowed: a new folder")
         running.execute(study, run, folders.record(run), folders)
         after = read(folders.record(run))
-    return report(before, after)
+    return before, after
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -31,7 +31,14 @@ def configuration(study: Study, run: Run, folders: Folders) -> RunConfig:
 
 
 def choose(study: Study, task: str, method: str, folders: Folders) -> dict[str, Any]:
-    """Write and return the settings of the best trial of a method label on a task.
+    """Write and return the settings of the best trial of a method label on a task; see `best`."""
+    choice = best(study, task, method, folders)
+    write_atomically(folders.choice(task, method), (json.dumps(choice, indent=1) + "\n").encode())
+    return choice
+
+
+def best(study: Study, task: str, method: str, folders: Folders) -> dict[str, Any]:
+    """Return the settings of the best trial of a method label on a task.
 
     The best has the highest validation score after the last round (the lowest, where lower is better), and
     among equal ones the lowest validation loss. `at_edge` names the settings of which no trial tried a lower
@@ -48,20 +55,18 @@ def choose(study: Study, task: str, method: str, folders: Folders) -> dict[str, 
         raise FailedRun(
             f"{task}/{method}: all {len(records)} trials failed; the first: {records[0]['error']}"
         )
-    best = min(finished, key=_rank)
-    choice = {
+    found = min(finished, key=_rank)
+    return {
         "task": task,
-        "partition": best["partition"],
+        "partition": found["partition"],
         "method": method,
-        "trial": best["trial"],
+        "trial": found["trial"],
         "trials": len(records),
         "failed": len(records) - len(finished),
-        "validation_score": best["validation_score"],
-        "chosen": best["searched"],
-        "at_edge": [key for key in best["searched"] if _is_at_edge(key, best, records)],
+        "validation_score": found["validation_score"],
+        "chosen": found["searched"],
+        "at_edge": [key for key in found["searched"] if _is_at_edge(key, found, records)],
     }
-    write_atomically(folders.choice(task, method), (json.dumps(choice, indent=1) + "\n").encode())
-    return choice
 
 
 def _read(folders: Folders, run: Run) -> dict[str, Any]:

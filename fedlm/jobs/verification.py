@@ -1,0 +1,119 @@
+"""Checking a study's records: that nobody changed them, that they follow from the study, that they repeat."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedlm.base.errors import UserError
+from fedlm.jobs import rerun, tuning
+from fedlm.jobs.folders import Folders
+from fedlm.jobs.record import content_hash
+from fedlm.study.reading import of_record
+from fedlm.study.study import Run, Study
+
+# Scores that are a share of the test examples, whose standard error follows from their number.
+SHARES = ("accuracy", "exact_match")
+
+
+def faults(study: Study, folders: Folders) -> Iterator[str]:
+    """Yield one line for each record that is missing, was changed, or does not follow from the study.
+
+    A record must hold the hash of its content, the labels of its place, and the settings that the study gives
+    its run; what the tuning chose must follow from the trials.
+    """
+    for run in (*study.trials(), *study.runs()):
+        path = folders.record(run)
+        try:
+            found = json.loads(path.read_text())
+            yield from (f"{path}: {fault}" for fault in _faults_of(found, study, run, folders))
+        except OSError as error:
+            yield f"{path}: {error.strerror}"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield f"{path}: not a record ({type(error).__name__}: {error})"
+        except UserError as error:
+            yield f"{path}: {error}"
+    for task, method in dict.fromkeys((run.task, run.method) for run in study.trials()):
+        path = folders.choice(task, method)
+        try:
+            kept, follows = json.loads(path.read_text()), tuning.best(study, task, method, folders)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"{path}: no choice ({type(error).__name__}: {error})"
+            continue
+        except UserError as error:
+            yield f"{path}: {error}"
+            continue
+        for key in follows | kept:
+            if kept.get(key) != follows.get(key):
+                yield f"{path}: {key} is {kept.get(key)!r}; from the trials follows {follows.get(key)!r}"
+
+
+def _faults_of(found: dict[str, Any], study: Study, run: Run, folders: Folders) -> Iterator[str]:
+    if found.get("content_sha256") != content_hash(found):
+        yield "its content was changed after it was written (content_sha256)"
+    for label, value in {**run._asdict(), "study": study.study}.items():
+        if found.get(label) != value:
+            yield f"{label} is {found.get(label)!r}; its place says {value!r}"
+    # Read again as a study, since a setting that is younger than the record has its default there.
+    own = of_record(found).run(run.task, run.partition, run.method, run.seed).resolved()
+    for section, values in tuning.configuration(study, run, folders).resolved().items():
+        given = own[section]
+        for key in values | given:
+            if given.get(key) != values.get(key):
+                yield f"{section}.{key} is {given.get(key)!r}; the study says {values.get(key)!r}"
+    if found["status"] != "finished":
+        return
+    # Sums that every record states twice.
+    for name in ("upload_bytes", "download_bytes", "flops"):
+        if found[name] != (total := sum(one[name] for one in found["rounds"])):
+            yield f"{name} is {found[name]}; its rounds add up to {total}"
+    if found["validation_score"] != found["rounds"][-1]["validation_score"]:
+        yield "validation_score is not that of the last round"
+    if run.trial is None and found["test_score"] != found["test"][found["metric"]]:
+        yield f"test_score is not the {found['metric']} on the test split"
+    if run.trial is not None and found["test"] is not None:
+        yield "a trial has test scores"
+
+
+def chosen_runs(study: Study, folders: Folders, cheapest: int, drawn: int, seed: int) -> list[Path]:
+    """Return the records of the cheapest runs by seconds, and of others drawn at random."""
+    paths = [folders.record(run) for run in study.runs() if folders.record(run).exists()]
+    paths.sort(key=lambda path: (json.loads(path.read_text())["wall_seconds"], str(path)))
+    first, rest = paths[:cheapest], paths[cheapest:]
+    return first + random.Random(seed).sample(rest, min(drawn, len(rest)))
+
+
+def repeats(path: Path, log: Callable[[str], None]) -> bool:
+    """Repeat a run; return whether the result is the same, or as close as another processor allows.
+
+    On a processor with other vector instructions the order of summation differs, so that no bits can be
+    compared: there the test score may differ by one standard error of the test split.
+    """
+    before, after = rerun.repeat(path)
+    different = rerun.report(before, after)
+    if not different:
+        log(f"{path}: the same, bit for bit")
+        return True
+    one, other = (record["provenance"]["machine"].get("cpu_capability") for record in (before, after))
+    if one == other:
+        log(f"{path}: different on a processor of the same capability ({one}): {', '.join(different)}")
+        return False
+    change = abs(before["test_score"] - after["test_score"])
+    allowed = _standard_error(before)
+    near = change <= allowed
+    log(
+        f"{path}: made on {one}, repeated on {other}: the test score differs by {change:.4f}, "
+        f"{'within' if near else 'more than'} its standard error of {allowed:.4f}"
+    )
+    return near
+
+
+def _standard_error(record: dict[str, Any]) -> float:
+    """Return the standard error of a test score; of one that is no share, a hundredth of its size."""
+    score, examples = record["test_score"], record["examples"]["test"]
+    if record["metric"] not in SHARES:
+        return abs(score) / 100
+    # At a score of 0 or 1 the formula gives 0; one example more or less is always possible.
+    return max(math.sqrt(score * (1 - score) / examples), 1 / examples)
