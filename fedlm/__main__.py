@@ -48,7 +48,8 @@ def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> No
     from fedlm.study.check import check as check_study
 
     study = _study(config)
-    check_study(study)
+    for note in check_study(study):
+        print(f"note: {note}", file=sys.stderr)
     runs = list(study.runs())
     print(f"{config}: study {study.study!r} is valid: {len(runs)} runs")
 
@@ -67,8 +68,7 @@ def prepare(config: Config, task: TaskLabel, results: Results = Path("results"))
     from fedlm.jobs import running
 
     study = _study(config)
-    data = running.prepare(study, task, _folders(study, results))
-    print(f"{task}: {len(data)} examples")
+    running.prepare(study, task, _folders(study, results), print)
 
 
 @app.command()
@@ -94,7 +94,9 @@ def run(
     partition: PartitionLabel,
     method: MethodLabel,
     seed: Seed,
-    output: Annotated[Path, typer.Option(help="File for the record.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File for the record. [its place in the study's results]")
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
     """Execute one run and write its record; an interrupted run continues from its last saved round."""
@@ -104,7 +106,8 @@ def run(
     study = _study(config)
     chosen = Run(task, partition, method, seed)
     study.run(*chosen)
-    running.execute(study, chosen, output, _folders(study, results))
+    folders = _folders(study, results)
+    running.execute(study, chosen, output or folders.record(chosen), folders)
 
 
 @app.command("run-many")

@@ -52,7 +52,8 @@ try:
     STUDY_FILE = study_file()
     study = fedlm.study.reading.load(STUDY_FILE)
     if workflow.is_main_process:
-        check(study)
+        for note in check(study):
+            print(f"note: {note}", file=sys.stderr)
 except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
