@@ -45,11 +45,13 @@ def _folders(study: "Study", results: Path) -> "Folders":
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
     """Validate a study before any job starts: keys, values, labels, files, models."""
+    from fedlm.jobs.obstacles import check_times
     from fedlm.study.check import check as check_study
 
     study = _study(config)
     for note in check_study(study):
         print(f"note: {note}", file=sys.stderr)
+    check_times(study)
     runs = list(study.runs())
     print(f"{config}: study {study.study!r} is valid: {len(runs)} runs")
 

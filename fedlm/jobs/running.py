@@ -1,10 +1,12 @@
 """From labels to a record: prepares what a run needs, runs it, and keeps finished records."""
 
 import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +178,9 @@ def execute(
     checkpoints, print_line = folders.checkpoints(run), _prefixed(progress, run)
     wait = "another process is running it; waiting for it to finish"
     with locked(checkpoints / "lock", lambda: print_line(wait)):
+        # For the reader of `obstacles.announce`; the lock holds without it.
+        with suppress(OSError):
+            (checkpoints / "lock").write_text(str(os.getpid()))
         with locked(folders.task(run.task) / "lock", lambda: print_line("waiting for its data")):
             if not _is_prepared(study, run.task, folders):
                 prepare(study, run.task, folders, progress)
