@@ -32,7 +32,8 @@ def check_times(study: Study) -> None:
                 shown = datetime.fromtimestamp(changed).isoformat(" ", "seconds")
                 faults.append(
                     f"tasks.{label}: {path}: its time stamp is in the future ({shown}), so that Snakemake "
-                    f"would take what is made from it for outdated; put it right: touch {shlex.quote(str(path))}"
+                    f"would take what is made from it for outdated; put it right: "
+                    f"touch {shlex.quote(str(path))}"
                 )
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
