@@ -57,6 +57,31 @@ def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> No
 
 
 @app.command()
+def init(
+    data: Annotated[str, typer.Option(help="A .csv, .parquet or .jsonl file, or a folder like one.")],
+    text: Annotated[str, typer.Option(help="Columns of the input, with commas between them.")],
+    label: Annotated[str, typer.Option(help="Column of the class, the number, or the text to be produced.")],
+    group: Annotated[
+        str | None, typer.Option(help="Column of who holds a row, for natural clients. [none]")
+    ] = None,
+) -> None:
+    """Print a commented study file for your own data that runs as it is; nothing is written.
+
+    The two commands that follow are printed to standard error.
+    """
+    from fedlm.study.starter import commands, starter
+
+    written, notes = starter(data, [name.strip() for name in text.split(",") if name.strip()], label, group)
+    print(written, end="")
+    name = written.split("study: ")[1].split("\n")[0].strip("'")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"Save it, for instance as {name}.yaml; then:", file=sys.stderr)
+    for command in commands(Path(f"{name}.yaml")):
+        print(f"    {command}", file=sys.stderr)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a study file, the content of config/schema.json."""
     from fedlm.study.schema import schema as study_schema

@@ -52,6 +52,10 @@ class Source(NamedTuple):
         """Return what the files are, for messages."""
         return self.path.suffix[1:] if self.path.is_file() else self.form
 
+    def is_text(self) -> bool:
+        """Return whether the files are texts, which have an encoding."""
+        return self.form not in ("parquet", "arrow")
+
     def reads_as(self) -> str:
         """Return Python's name of the encoding."""
         return self.encoding or UTF_8
