@@ -332,7 +332,7 @@ def guess_encoding(path: Path) -> str | None:
     """Return the likeliest encoding of a text that is not in UTF-8; None if it is in UTF-8, or none would do.
 
     charset-normalizer judges the file's beginning and what surrounds the first byte that is not UTF-8. Where
-    Windows' western European encoding would do, it is preferred, as the most frequent one.
+    Windows' western European encoding (cp1252) would do as well, it is preferred, as the most frequent one.
     """
     from charset_normalizer import from_bytes
 
@@ -349,8 +349,13 @@ def guess_encoding(path: Path) -> str | None:
     if around is not beginning:
         # From line to line, so that no character is cut.
         around = b"\n".join([beginning.split(b"\n")[0], *around.split(b"\n")[1:-1]])
-    found = [match.encoding for match in from_bytes(around, cp_isolation=ENCODINGS)]
-    return "cp1252" if "cp1252" in found else next(iter(found), None)
+    found = from_bytes(around, cp_isolation=ENCODINGS) or from_bytes(around, 5, 512, 0.6, ENCODINGS)
+    best = found.best()
+    if best is None:
+        return None
+    western = "cp1252" in best.could_be_from_charset  # for which it is the same text
+    western |= best.encoding == "cp1250" and any(match.encoding == "cp1252" for match in found)
+    return "cp1252" if western else best.encoding
 
 
 def _is_utf_8(content: bytes) -> bool:
