@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import subprocess
 import time
 from pathlib import Path
 
@@ -458,7 +460,7 @@ def test_a_file_from_the_future_is_named_with_the_remedy(tmp_path, plain):
     ) as raised:
         obstacles.check_times(study)
     remedy = str(raised.value).rpartition("put it right: ")[2]
-    assert os.system(remedy) == 0
+    subprocess.run(shlex.split(remedy), check=True)
     obstacles.check_times(study)
 
 
@@ -473,8 +475,8 @@ def test_folders_that_cannot_be_written(tmp_path):
 def test_a_disk_that_is_read_only(tmp_path):
     with mounted(tmp_path / "disk", "size=1m,ro"), pytest.raises(FailedRun) as raised:
         obstacles.check_writable([tmp_path / "disk" / "results"])
-    shown = f"{tmp_path}/disk/results: the file system is read-only; make it writable, or start in a folder that is"
-    assert str(raised.value) == shown
+    reason = "the file system is read-only; make it writable, or start in a folder that is"
+    assert str(raised.value) == f"{tmp_path}/disk/results: {reason}"
 
 
 def test_a_run_that_goes_on_is_announced_with_its_process(tmp_path, plain):
@@ -600,3 +602,18 @@ def test_the_first_study_runs(tmp_path):
         run = next(run for run in study.runs() if run.method == method and run.partition == "dirichlet_0.3")
         running.execute(study, run, folders.record(run), folders, lambda line: None)
         assert 0 <= json.loads(folders.record(run).read_text())["test_score"] <= 1
+
+
+def test_every_example_of_the_page_on_tasks_is_valid(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-task.md").read_text()
+    first, second, *rest = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    assert not rest
+    # The second goes on where the first ended: a setting of the same task.
+    settled = (
+        first + second.replace("class Weather(Task)", "class Settled(Weather)") + '    name = "settled"\n'
+    )
+    (tmp_path / "settled.py").write_text(settled)
+    assert discover_tasks(tmp_path)["settled"]({"language": "de"}).config.language == "de"
+    blocks = [yaml.safe_load(part.split("```")[0]) for part in page.split("```yaml\n")[1:]]
+    own = next(block["tasks"]["tickets"] for block in blocks if "tickets" in block["tasks"])
+    assert own.pop("task") == "files" and FILES(own).config.encoding == "cp1252"

@@ -23,7 +23,8 @@ CHUNK = 100_000  # rows of a csv file in memory at once, with all of their colum
 SAMPLE = 1 << 16  # bytes from which an encoding is guessed
 # The encodings that are suggested: the usual ones of files from Windows, macOS and East Asia.
 ENCODINGS = ["utf_16", "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "mac_roman"]
-ENCODINGS += ["shift_jis", "gb18030", "big5", "euc_kr"]
+EAST_ASIAN = ["shift_jis", "gb18030", "big5", "euc_kr"]
+ENCODINGS += EAST_ASIAN
 _FORMS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "jsonl"}
 ALLOWED = (
     "allowed: a file that ends in .csv, .parquet or .jsonl (or .tsv), or a folder: of parquet files, of a "
@@ -354,7 +355,10 @@ def guess_encoding(path: Path) -> str | None:
     if best is None:
         return None
     western = "cp1252" in best.could_be_from_charset  # for which it is the same text
-    western |= best.encoding == "cp1250" and any(match.encoding == "cp1252" for match in found)
+    if any(match.encoding == "cp1252" for match in found):
+        # A few accents make as good a pair of bytes of an East Asian encoding, but there every letter is one.
+        accents = sum(byte > 127 for byte in around) < 0.2 * len(around)
+        western |= best.encoding == "cp1250" or (best.encoding in EAST_ASIAN and accents)
     return "cp1252" if western else best.encoding
 
 
