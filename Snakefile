@@ -40,6 +40,11 @@ rule all:
         "Study {study.study} is complete"
 
 
+# Only if there are jobs, and not in a dry run.
+onstart:
+    check_writable()
+
+
 # If runs failed, tables and figures are made from the others; they name the missing ones.
 onerror:
     draw_finished_runs()

@@ -50,16 +50,44 @@ def _expected(study: "Study") -> list[tuple[str, str, str, int]]:
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
     """Validate a study before any job starts: keys, values, labels, files, models."""
+    from fedlm.jobs.obstacles import check_times
     from fedlm.study.check import check as check_study
 
     study = _study(config)
-    check_study(study)
+    for note in check_study(study):
+        print(f"note: {note}", file=sys.stderr)
+    check_times(study)
     runs = list(study.runs())
     trials = len(list(study.trials()))
     print(
         f"{config}: study {study.study!r} is valid: {len(runs)} runs"
         + (f", {trials} trials" if trials else "")
     )
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Option(help="A .csv, .parquet or .jsonl file, or a folder like one.")],
+    text: Annotated[str, typer.Option(help="Columns of the input, with commas between them.")],
+    label: Annotated[str, typer.Option(help="Column of the class, the number, or the text to be produced.")],
+    group: Annotated[
+        str | None, typer.Option(help="Column of who holds a row, for natural clients. [none]")
+    ] = None,
+) -> None:
+    """Print a commented study file for your own data that runs as it is; nothing is written.
+
+    The two commands that follow are printed to standard error.
+    """
+    from fedlm.study.starter import commands, starter
+
+    written, notes = starter(data, [name.strip() for name in text.split(",") if name.strip()], label, group)
+    print(written, end="")
+    name = written.split("study: ")[1].split("\n")[0].strip("'")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"Save it, for instance as {name}.yaml; then:", file=sys.stderr)
+    for command in commands(Path(f"{name}.yaml")):
+        print(f"    {command}", file=sys.stderr)
 
 
 @app.command()
@@ -76,8 +104,7 @@ def prepare(config: Config, task: TaskLabel, results: Results = Path("results"))
     from fedlm.jobs import running
 
     study = _study(config)
-    data = running.prepare(study, task, _folders(study, results))
-    print(f"{task}: {len(data)} examples")
+    running.prepare(study, task, _folders(study, results), print)
 
 
 @app.command()
@@ -103,7 +130,9 @@ def run(
     partition: PartitionLabel,
     method: MethodLabel,
     seed: Seed,
-    output: Annotated[Path, typer.Option(help="File for the record.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File for the record. [its place in the study's results]")
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
     """Execute one run and write its record; an interrupted run continues from its last saved round."""
@@ -113,7 +142,8 @@ def run(
     study = _study(config)
     chosen = Run(task, partition, method, seed)
     study.run(*chosen)
-    running.execute(study, chosen, output, _folders(study, results))
+    folders = _folders(study, results)
+    running.execute(study, chosen, output or folders.record(chosen), folders)
 
 
 @app.command("run-many")

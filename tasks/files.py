@@ -1,37 +1,45 @@
-"""Your own data from csv, parquet or jsonl files."""
+"""Your own data from csv, parquet or jsonl files, or from folders that serve like one."""
 
-import json
-import warnings
+import math
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import pandas
-import pyarrow
-import pyarrow.parquet
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedlm.base.errors import UserError
 from fedlm.base.files import local_path
-from fedlm.data.task import METRICS, Corpus, Kind, Task, Windows, check_windows
+from fedlm.data import tables
+from fedlm.data.prepared import split_sizes
+from fedlm.data.tables import Source
+from fedlm.data.task import METRICS, Corpus, Findings, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
-CHUNK = 100_000  # rows of a csv file in memory at once, with all of their columns
-SMALL_FILE = 32 << 20  # bytes; larger files are not read before they are prepared
+FEWEST = 3  # examples of a class, so that each of the three splits can have one
+LONGEST_NOTE = 10  # classes that a note names
 TEXTS = {
     "classification": (1, 2),
     "regression": (1, 2),
     "causal": (1, 16),
     "question_answering": (2, 2),
 }
+# What pandas.read_csv reads as a missing value; R writes NA, NumPy nan, a database NULL.
+MISSING = frozenset(
+    [*"#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split(), ""]  # noqa: SIM905
+)
+_FOUND: dict[tuple, Findings] = {}  # by settings and the files' times and sizes: read once in a process
 
 
 class Files(Task):
-    """A table in UTF-8, one example per row; the ending of its name (.csv, .parquet, .jsonl) is its format.
+    """A table, one example per row: a file that ends in .csv, .parquet or .jsonl, or a folder like one.
 
     Splits that have no file are drawn from the training file using the seed. Rows of the training file
     without any text, or whose text occurs twice, are left out and counted. A text of any length is read, and
-    cut to 64 characters per token of `max_length` before it is tokenised. Labels of the other files must
-    occur in the training file.
+    cut to 64 characters per token of `max_length` before it is tokenised. Spaces around classes and groups do
+    not count; a value that reads as missing (`MISSING`) is missing. Classes of the other files must occur in
+    the training file.
     """
 
     name = "files"
@@ -39,7 +47,10 @@ class Files(Task):
     reference = "your own files"
 
     class Config(Task.Config, Windows):
-        train: str = Field(min_length=1, description="path of a .csv, .parquet or .jsonl file")
+        train: str = Field(
+            min_length=1,
+            description="path of a .csv, .parquet or .jsonl file, or of a folder that serves like one",
+        )
         validation: str | None = Field(None, min_length=1, description="the same; drawn from train if absent")
         test: str | None = Field(None, min_length=1, description="the same; drawn from train if absent")
         text: list[str] = Field(
@@ -54,8 +65,26 @@ class Files(Task):
             "the answer as a text, or as SQuAD has it: {text: [...], answer_start: [...]}",
         )
         group: str | None = Field(None, min_length=1, description="column of the natural client population")
+        separator: str | None = Field(
+            None,
+            min_length=1,
+            max_length=1,
+            description="what separates the columns of a csv file; [a comma]",
+        )
+        encoding: str | None = Field(
+            None, min_length=1, description="of a file that is not in UTF-8, such as cp1252"
+        )
         kind: Kind = Field("classification", description="what the model does with a row")
         metric: str | None = Field(None, description="the main metric, one of those of the kind")
+
+        @field_validator("encoding")
+        @classmethod
+        def _known(cls, encoding: str | None) -> str | None:
+            try:
+                "".encode(encoding or "utf-8")
+            except (LookupError, ValueError):
+                raise ValueError("allowed: an encoding of texts that Python knows, such as cp1252") from None
+            return encoding
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
@@ -78,13 +107,34 @@ class Files(Task):
         main = self.config.metric or METRICS[self.kind][0]
         self.metrics = (main, *(metric for metric in METRICS[self.kind] if metric != main))
 
-    def paths(self) -> dict[str, Path]:
-        names = ("train", "validation", "test")
-        given = {name: getattr(self.config, name) for name in names}
-        return {name: local_path(path) for name, path in given.items() if path is not None}
+    def sources(self) -> dict[str, Source]:
+        """Return the table of each split. Raises UserError for a path where there is none."""
+        found: dict[str, Source] = {}
+        config = self.config
+        for split in tables.SPLITS:
+            given = getattr(config, split)
+            if given is None:
+                continue
+            path = local_path(given)
+            place = f"{split}: {path}"
+            parts = tables.find(path, place)
+            if "" not in parts and split not in parts:
+                raise UserError(f"{place}: there is no split {split!r}; it has: {', '.join(parts)}")
+            # A folder with splits brings those that the study does not name.
+            parts = (
+                {split: parts[""]} if "" in parts else parts if split == "train" else {split: parts[split]}
+            )
+            found |= {
+                name: part for name, part in parts.items() if name == split or not getattr(config, name)
+            }
+        return {
+            split: found[split]._replace(encoding=config.encoding, separator=config.separator)
+            for split in tables.SPLITS
+            if split in found
+        }
 
     def files(self) -> list[Path]:
-        return list(self.paths().values())
+        return [path for source in self.sources().values() for path in source.files]
 
     def _columns(self) -> list[str]:
         """Return the columns that are read, each once."""
@@ -92,24 +142,79 @@ class Files(Task):
         return list(dict.fromkeys([*self.config.text, self.config.label, *group]))
 
     def check(self) -> None:
-        for split, path in self.paths().items():
-            columns = list(_read(path, split).columns)
-            for column in self._columns():
-                if column not in columns:
-                    found = ", ".join(map(str, columns[:20]))
-                    raise UserError(f"{split}: {path}: there is no column {column!r}; it has: {found}")
+        self._headers()
+
+    def _headers(self) -> dict[str, list[str]]:
+        """Return the header of each split's table, after checking that it has every column that is read."""
+        headers = {}
+        for split, source in self.sources().items():
+            place, wanted = f"{split}: {source.path}", self._columns()
+            # A file with another separator may be unreadable with this one, hence before its first row.
+            other = tables.other_separator(source, wanted)
+            if other:
+                raise UserError(
+                    f"{place}: its columns are separated by {other!r}, not by {source.between()!r}: "
+                    f"add `separator: {_yaml(other)}` to the task"
+                )
+            headers[split] = names = tables.header(source, place)
+            for column in wanted:
+                if column not in names:
+                    found = ", ".join(map(str, names[:20]))
+                    raise UserError(f"{place}: there is no column {column!r}; it has: {found}")
+                if names.count(column) > 1:
+                    count = names.count(column)
+                    raise UserError(
+                        f"{place}: there are {count} columns {column!r}; allowed: one of that name"
+                    )
+        return headers
+
+    def examine(self) -> Findings:
+        """Read the columns once; find what preparing would refuse, and what their owner should know."""
+        stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in self.files()]
+        key = (self.config.model_dump_json(), *stamps)
+        if key not in _FOUND:
+            headers = self._headers()
+            corpus = self.load()
+            _FOUND[key] = self._findings(corpus, headers)
+        return _FOUND[key]
+
+    def _findings(self, corpus: Corpus, headers: dict[str, list[str]]) -> Findings:
+        config, notes = self.config, []
+        for split, names in headers.items():
+            again = tables.repeated(names)
+            if again:
+                notes.append(
+                    f"{split}: columns whose name occurs more than once: {_listed(map(repr, again))}"
+                )
+        counts = {}
+        if self.kind == "classification":
+            found = corpus.rows["label"].value_counts()
+            counts = {name: int(found.get(index, 0)) for index, name in enumerate(corpus.label_names)}
+            notes += _doubtful(counts, config.label)
+        if corpus.dropped["duplicates"] or corpus.dropped["empty"]:
+            notes.append(
+                f"left out: {corpus.dropped['duplicates']} rows whose text occurs before, "
+                f"{corpus.dropped['empty']} without text"
+            )
+        splits = corpus.rows["split"].value_counts()
+        sizes = split_sizes(
+            len(corpus.rows) - sum(int(splits.get(name, 0)) for name in ("validation", "test")),
+            {name: int(splits.get(name, 0)) for name in ("validation", "test")},
+            {"validation": config.validation_share, "test": config.test_share},
+            {name: getattr(config, f"{name}_examples") for name in tables.SPLITS},
+        )
+        for name, count in sizes.items():
+            if not count:
+                raise UserError(f"{len(corpus.rows)} examples are too few for a {name} split")
+        return Findings(notes, sizes["train"], counts)
 
     def count_labels(self) -> int | None:
-        path = self.paths()["train"]
-        if self.kind != "classification":
-            return super().count_labels()
-        if path.stat().st_size > SMALL_FILE:
-            return None
-        return _read(path, "train", [self.config.label])[self.config.label].map(str).nunique()
+        return len(self.examine().classes) if self.kind == "classification" else super().count_labels()
 
     def rows(self) -> Corpus:
         self.check()
-        parts = {split: self._part(split, path) for split, path in self.paths().items()}
+        sources = self.sources()
+        parts = {split: self._part(split, source, len(sources) == 1) for split, source in sources.items()}
         label_names = self._classes(parts) if self.kind == "classification" else []
         rows = pandas.concat(parts.values(), ignore_index=True) if len(parts) > 1 else parts["train"]
         group_names = []
@@ -118,27 +223,29 @@ class Files(Task):
             rows["group"] = rows["group"].map({name: index for index, name in enumerate(group_names)})
         return Corpus(rows, label_names, group_names)
 
-    def _part(self, split: str, path: Path) -> pandas.DataFrame:
-        """Return one file's rows as in a Corpus, but with the names of label and group."""
-        table, config = _read(path, split, self._columns()), self.config
-        place = f"{split}: {path}"
+    def _part(self, split: str, source: Source, alone: bool) -> pandas.DataFrame:
+        """Return one table's rows as in a Corpus, but with the names of label and group."""
+        place, config = f"{split}: {source.path}", self.config
+        table = tables.read(source, place, self._columns())
         texts = [_texts(table[column], place, column) for column in config.text]
         # A split that has a file of its own is official; the rest is drawn from the training file.
-        rows = pandas.DataFrame({"split": ["" if len(self.paths()) == 1 else split] * len(table)})
+        rows = pandas.DataFrame({"split": ["" if alone else split] * len(table)})
         if self.kind in ("classification", "regression"):
             for name, text in zip(("text", "text_pair"), texts, strict=False):
                 rows[name] = text
-            values = _filled(table[config.label], place, config.label)
-            rows["label"] = _words(values) if self.kind == "classification" else _numbers(values, place)
+            values = table[config.label]
+            rows["label"] = (
+                _words(values, place) if self.kind == "classification" else _numbers(values, place)
+            )
         elif self.kind == "causal":
             rows["prompt"] = ["\n".join(row) for row in zip(*texts, strict=True)] if texts[1:] else texts[0]
             rows["target"] = _texts(table[config.label], place, config.label)
         else:
             rows["question"], rows["context"] = texts
-            answers = _answers(_filled(table[config.label], place, config.label), rows["context"], place)
+            answers = _answers(_filled(table[config.label], place), rows["context"], place)
             rows["answers"], rows["answer_start"] = answers
         if config.group:
-            rows["group"] = _filled(table[config.group], place, config.group).pipe(_words)
+            rows["group"] = _words(table[config.group], place)
         return rows
 
     def _classes(self, parts: dict[str, pandas.DataFrame]) -> list[str]:
@@ -146,7 +253,7 @@ class Files(Task):
         names = sorted(parts["train"]["label"].unique(), key=_numbers_first)
         if len(names) > LARGEST_CLASSES:
             raise UserError(
-                f"label: {self.config.label!r} has {len(names)} different values in {self.paths()['train']}; "
+                f"label: {self.config.label!r} has {len(names)} different values in {self.config.train}; "
                 f"allowed: at most {LARGEST_CLASSES} (kind: regression is for numbers)"
             )
         index = {name: number for number, name in enumerate(names)}
@@ -154,9 +261,12 @@ class Files(Task):
             unknown = ~part["label"].isin(names)
             if unknown.any():
                 row = int(unknown.argmax())
+                near = {_meaning(name): name for name in names}.get(_meaning(part["label"][row]))
+                path = self.sources()[split].path
                 raise UserError(
-                    f"{split}: {self.paths()[split]}: column {self.config.label!r}, row {row + 1}: the label "
+                    f"{split}: {path}: column {self.config.label!r}, row {row + 1}: the label "
                     f"{_short(part['label'][row])} does not occur in the training file"
+                    + (f", but {_short(near)} does" if near else "")
                 )
             part["label"] = part["label"].map(index).astype("int64")
         return names
@@ -166,85 +276,78 @@ def _numbers_first(name: str) -> tuple:
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
 
 
-def _read(path: Path, split: str, columns: list[str] | None = None) -> pandas.DataFrame:
-    """Return these columns of a file, rows numbered from 0; without columns all of its first row."""
-    readers = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise UserError(f"{split}: {path}; allowed: a file that ends in .csv, .parquet or .jsonl")
-    if not path.is_file():
-        raise UserError(f"{split}: {path}: no such file")
+def _yaml(separator: str) -> str:
+    return '"\\t"' if separator == "\t" else f"'{separator}'"
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Return words with commas between them, the first of very many."""
+    words = list(words)
+    more = f" and {len(words) - LONGEST_NOTE} more" if len(words) > LONGEST_NOTE else ""
+    return ", ".join(words[:LONGEST_NOTE]) + more
+
+
+def _doubtful(counts: dict[str, int], column: str) -> list[str]:
+    """Return notes on classes that look like one, and on those too small for three splits."""
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault(_meaning(name), []).append(name)
+    notes = [
+        f"column {column!r}: different classes that look like one: "
+        + _listed(f"{_short(name)} ({counts[name]})" for name in names)
+        for names in alike.values()
+        if len(names) > 1
+    ][:LONGEST_NOTE]
+    small = [f"{_short(name)} ({count})" for name, count in counts.items() if count < FEWEST]
+    if small:
+        notes.append(
+            f"column {column!r}: classes with fewer than {FEWEST} examples, which cannot be in all of "
+            f"training, validation and test: {_listed(small)}"
+        )
+    return notes
+
+
+def _meaning(label: str) -> str:
+    """Return what a label is without its spelling: 1, 1.0 and 01 are one number, True and true one word."""
+    text = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
     try:
-        table = readers[path.suffix](path, columns)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{split}: {path}: it is not in UTF-8: {error}") from None
-    except (OSError, ValueError, RecursionError, Warning, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{split}: {path}: it cannot be read as {path.suffix[1:]}: {reason}") from None
-    if not len(table):
-        raise UserError(f"{split}: {path}: it has no rows")
-    return table
-
-
-def _read_csv(path: Path, columns: list[str] | None) -> pandas.DataFrame:
-    with warnings.catch_warnings():
-        # Otherwise rows with one value too many lose it, or shift.
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
-        with pandas.read_csv(
-            path,
-            dtype=str,
-            keep_default_na=False,
-            na_values=[],
-            index_col=False,
-            encoding="utf-8-sig",
-            nrows=1 if columns is None else None,
-            chunksize=CHUNK,  # Of a chunk at a time only the columns that are used are kept.
-        ) as chunks:
-            tables = [chunk if columns is None else chunk[columns] for chunk in chunks]
-    return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame()
-
-
-def _read_parquet(path: Path, columns: list[str] | None) -> pandas.DataFrame:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if columns is None:
-            return next(file.iter_batches(1)).to_pandas() if file.metadata.num_rows else pandas.DataFrame()
-        return file.read(columns).to_pandas()
-
-
-def _read_jsonl(path: Path, columns: list[str] | None) -> pandas.DataFrame:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number}: not an object with a value for each column")
-            rows.append(row)
-            if columns is None:
-                break
-    return pandas.DataFrame(rows, dtype=object)
+        number = float(text)
+    except ValueError:
+        return text
+    return repr(number) if math.isfinite(number) else text
 
 
 def _is_missing(value: Any) -> bool:
     return value is None or (pandas.api.types.is_scalar(value) and (pandas.isna(value) or value == ""))
 
 
-def _filled(column: pandas.Series, place: str, name: str) -> pandas.Series:
-    """Return a column after checking that no value is missing."""
+def _filled(column: pandas.Series, place: str, words: frozenset[str] = frozenset()) -> pandas.Series:
+    """Return a column after checking that no value is missing, or one of the words that mean it."""
     missing = column.isna() | (column == "") if column.dtype == "str" else column.map(_is_missing)
+    missing = missing | column.isin(list(words)) if words else missing
     if missing.any():
+        row = int(missing.argmax())
+        value = column.iloc[row]
+        reads = f", as {value!r} means" if isinstance(value, str) and value else ""
         raise UserError(
-            f"{place}: column {name!r}, row {int(missing.argmax()) + 1}: the value is missing "
+            f"{place}: column {column.name!r}, row {row + 1}: the value is missing{reads} "
             f"(in {int(missing.sum())} of {len(column)} rows)"
         )
     return column
 
 
-def _words(column: pandas.Series) -> pandas.Series:
-    return column if column.dtype == "str" else column.map(str)
+def _words(column: pandas.Series, place: str) -> pandas.Series:
+    """Return a column of classes or groups as texts without the spaces around them; none is missing."""
+    if column.dtype != "str":
+        wrong = ~column.map(pandas.api.types.is_scalar) if column.dtype == object else column.isna() & False
+        if wrong.any():
+            row = int(wrong.argmax())
+            value = _short(column.iloc[row])
+            raise UserError(
+                f"{place}: column {column.name!r}, row {row + 1}: {value} is not a text or number"
+            )
+        column = column.map(lambda value: "" if _is_missing(value) else str(value)).astype("str")
+    return _filled(column.str.strip(), place, MISSING)
 
 
 def _texts(column: pandas.Series, place: str, name: str) -> pandas.Series | list[str]:
@@ -261,7 +364,7 @@ def _texts(column: pandas.Series, place: str, name: str) -> pandas.Series | list
 
 def _numbers(column: pandas.Series, place: str) -> list[float]:
     numbers = []
-    for row, value in enumerate(column, start=1):
+    for row, value in enumerate(_filled(column, place), start=1):
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):

@@ -354,7 +354,10 @@ TABLES = {
     "labels that are long": ([(text, label * 5000) for text, label in GOOD], None),
     "labels that are paths": ([(text, f"../{label}") for text, label in GOOD], None),
     "labels in TeX": ([(text, f"\\{label}_%$&{{") for text, label in GOOD], None),
-    "labels nan and null": ([(text, "nan" if label == "yes" else "null") for text, label in GOOD], None),
+    "labels nan and null": (
+        [(text, "nan" if label == "yes" else "null") for text, label in GOOD],
+        "column 'label', row 1: the value is missing, as 'nan' means (in 24 of 24 rows)",
+    ),
     "a class per example": ([(text, str(number)) for number, (text, _) in enumerate(GOOD)], None),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from synthetic import TITLES, synthetic_record, write_study
 
 from fedlm.base.errors import UserError
-from fedlm.results import cost_tables, records, reference, statistics, tables, typeset
+from fedlm.results import cells, cost_tables, records, reference, statistics, tables, typeset
 from fedlm.results.scene import Scene
 
 
@@ -394,3 +394,94 @@ def test_a_scene_of_nothing_expected_takes_what_there_is(tmp_path):
     assert scene.absent == [] and scene.left_out == 0
     assert scene.tasks == ["bbc_news", "movie_reviews"]
     assert scene.controls == {"centralized", "head_only", "local_only"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the test split can tell
+
+
+def compared(folder, scores, examples, **changes):
+    """Write the records of methods with these test scores on so many examples; return the marked ones."""
+    written = []
+    for method, score in scores.items():
+        record = synthetic_record(method=method, **changes)
+        record |= {"test_score": score, "examples": {"train": 80, "validation": 10, "test": examples}}
+        path = folder / f"{method}.json"
+        path.write_text(json.dumps(record))
+        written.append(path)
+    records.collect(written, folder / "rounds.parquet", folder / "runs.parquet")
+    make(folder, [])
+    return marked(folder)
+
+
+@pytest.mark.parametrize(
+    ("examples", "best"), [(40, []), (310, []), (330, ["FedAvg"]), (100_000, ["FedAvg"])]
+)
+def test_the_best_score_is_marked_only_where_the_test_split_can_tell(tmp_path, examples, best):
+    """90 against 87.5: the standard error of the difference is 2.5 points with 319 examples."""
+    scores = {"fedavg": 0.9, "fedlora": 0.875, "fedcybgd": 0.5}
+    assert compared(tmp_path, scores, examples) == best
+    # Costs do not depend on the test split.
+    assert marked(tmp_path, "Sent up (MB)") == ["FedLoRA"]
+
+
+def test_two_equal_scores_are_not_told_apart_by_any_number_of_examples(tmp_path):
+    assert compared(tmp_path, {"fedavg": 0.9, "fedlora": 0.9, "fedcybgd": 0.1}, 10**6) == []
+
+
+def test_a_control_beside_the_best_does_not_count_as_the_next_one(tmp_path):
+    assert compared(tmp_path, {"fedavg": 0.9, "centralized": 0.9, "fedlora": 0.5}, 200) == ["FedAvg"]
+
+
+def test_of_losses_it_is_not_known_and_the_smallest_is_marked(tmp_path):
+    assert compared(tmp_path, {"fedavg": 2.0, "fedlora": 2.1}, 40, metric="perplexity") == ["FedAvg"]
+
+
+@given(
+    st.integers(1, 10_000),
+    st.lists(st.integers(0, 100), min_size=2, max_size=6),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_bound_is_that_of_two_independent_binomials(n, percent):
+    scores = numpy.array(percent) / 100
+    frames = [
+        pandas.DataFrame(
+            {
+                "test_score": [score],
+                "greater_is_better": [True],
+                "metric": ["accuracy"],
+                "test_examples": [n],
+            }
+        )
+        for score in scores
+    ]
+    variances = numpy.array([cells.test_variance(frame) for frame in frames])
+    expected = [scipy.stats.binom(n, score).var() * 1e4 / n**2 for score in scores]
+    assert variances == pytest.approx(expected)
+    best, second = sorted(zip(-100 * scores, variances, strict=True), key=lambda pair: pair[0])[:2]
+    clear = second[0] - best[0] > math.sqrt(best[1] + second[1])
+    assert cells.stands_out(-100 * scores, variances) == clear
+
+
+def test_notes_explain_what_a_table_shows(tmp_path):
+    _, expected = study(tmp_path, tasks=("bbc_news",), partitions=("iid",), seeds=(1, 2))
+    make(tmp_path, expected)
+    main = (tmp_path / "tables" / "main.md").read_text()
+    assert "the mean over its clients' models" in main and "look equal are equally bold" in main
+    assert "left out for one seed" in main and "test examples" in main
+    shown = cost_tables.terminal(records.load_runs(tmp_path / "runs.parquet"), expected, TITLES)
+    assert "left out for one seed" in shown and max(map(len, shown.splitlines())) <= 120
+    assert "–: not defined" not in (tmp_path / "tables" / "paired.md").read_text()
+
+
+def test_a_dash_in_the_paired_table_is_explained_where_it_stands(tmp_path):
+    written = []
+    for method, score in {"fedavg": 0.75, "fedlora": 0.5}.items():
+        for seed in (1, 2):
+            path = tmp_path / f"{method}{seed}.json"
+            path.write_text(json.dumps(synthetic_record(method=method, seed=seed) | {"test_score": score}))
+            written.append(path)
+    records.collect(written, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+    make(tmp_path, [])
+    text = (tmp_path / "tables" / "paired.md").read_text()
+    assert " – |" in text and "–: not defined, since the difference is the same in all pairs." in text

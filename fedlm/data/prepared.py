@@ -54,6 +54,21 @@ def drawn_count(share: float, cap: int | None, available: int) -> int:
     return max(1, min(count, cap or count))
 
 
+def split_sizes(
+    training: int, official: dict[str, int], shares: dict[str, float], caps: dict[str, int | None]
+) -> dict[str, int]:
+    """Return how many examples `Prepared.split` gives to each split, 0 where there are too few.
+
+    `training` examples are not in an official split, `official` counts those of validation and test.
+    """
+    sizes = {"train": training, **official}
+    for name in ("test", "validation"):
+        if not sizes[name]:
+            sizes[name] = min(drawn_count(shares[name], caps[name], training), sizes["train"])
+            sizes["train"] -= sizes[name]
+    return {name: min(size, caps[name] or size) for name, size in sizes.items()}
+
+
 def draw(
     pool: numpy.ndarray, strata: numpy.ndarray, count: int, random: numpy.random.Generator
 ) -> numpy.ndarray:
@@ -178,6 +193,23 @@ class Prepared:
         if self.kind == "regression":
             return deciles(self.columns["label"])
         return numpy.zeros(len(self), numpy.int64)
+
+    def class_counts(self, split: Split | None = None) -> list[dict[str, Any]]:
+        """Return each class with its number of examples; without classes, nothing.
+
+        Each is `{"name": ..., "examples": n}`; with a split, `train`, `validation` and `test` for `examples`.
+        """
+        if self.kind != "classification":
+            return []
+        parts = {"examples": slice(None)} if split is None else split._asdict()
+        counts = {
+            name: numpy.bincount(self.labels[part], minlength=self.num_labels).tolist()
+            for name, part in parts.items()
+        }
+        return [
+            {"name": label, **{name: found[number] for name, found in counts.items()}}
+            for number, label in enumerate(self.label_names)
+        ]
 
     @property
     def groups(self) -> numpy.ndarray | None:

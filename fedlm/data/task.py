@@ -6,7 +6,7 @@ To add one, write a subclass of `Task` in a file in `tasks/`; see docs/adding-a-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pandas
 from pydantic import Field
@@ -56,6 +56,20 @@ def check_windows(max_length: int, doc_stride: int) -> None:
             f"max_length {max_length} with doc_stride {doc_stride}; allowed: at least 32 with "
             f"a stride below {max_length // 2 - 8} (half is for the question)"
         )
+
+
+class Findings(NamedTuple):
+    """What a task's data show before they are prepared.
+
+    Attributes:
+        notes: what their owner should know, a line each.
+        training: how many training examples there are, None if it is not known.
+        classes: how many examples each class has, in all splits; empty if it is not known.
+    """
+
+    notes: list[str]
+    training: int | None = None
+    classes: dict[str, int] = {}
 
 
 @dataclass
@@ -125,6 +139,13 @@ class Task:
 
     def check(self) -> None:
         """Raise UserError if the data are not available. Cheap: no model, no download, no tokenisation."""
+
+    def examine(self) -> Findings:
+        """Return what can be known of the reader's own data by reading them once; nothing for fixed data.
+
+        Raises UserError for what `load` would refuse. No model, no download, no tokenisation.
+        """
+        return Findings([])
 
     def files(self) -> list[Path]:
         """Return the files that the task's data come from, if they can change; none if its data are fixed."""

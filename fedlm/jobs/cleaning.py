@@ -31,7 +31,7 @@ def clean(study: Study, folders: Folders, dry_run: bool = False) -> list[tuple[P
     """Remove what the study does not use; return each path with its size in bytes.
 
     These are records, kept records of finished runs, checkpoints, partitions and prepared tasks. What a run
-    in progress uses is kept, even if the study no longer has that run. Empty lock files are kept too, since
+    in progress uses is kept, even if the study no longer has that run. Lock files are kept too, since
     another process may be waiting for one. With `dry_run` nothing is removed.
 
     Raises UserError if the study does not pass its check: without its data and models it is not known

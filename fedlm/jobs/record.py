@@ -47,6 +47,7 @@ def build(
         "rounds": rounds,
         "clients": len(federation.parts),
         "examples": {name: len(rows) for name, rows in federation.split._asdict().items()},
+        "classes": data.class_counts(federation.split),
         "upload_bytes": ledger.upload,
         "download_bytes": ledger.download,
         "broadcast_bytes": ledger.broadcast,

@@ -1,10 +1,12 @@
 """From labels to a record: prepares what a run needs, runs it, and keeps finished records."""
 
 import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,13 @@ from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance, record, tuning
 from fedlm.jobs.folders import Folders
 from fedlm.study.study import Run, RunConfig, Study
+from fedlm.study.yaml_files import printable
 
 if TYPE_CHECKING:
     from fedlm.data.prepared import Prepared
+
+
+MOST_CLASSES = 20  # that a line names
 
 
 def log(line: str) -> None:
@@ -26,8 +32,8 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def prepare(study: Study, task: str, folders: Folders) -> "Prepared":
-    """Tokenise a task once; return the prepared data."""
+def prepare(study: Study, task: str, folders: Folders, progress: Callable[[str], None] = log) -> "Prepared":
+    """Tokenise a task once, and print what it consists of; return the prepared data."""
     from fedlm.data.tokenising import prepare
 
     source = study.task(task)
@@ -35,7 +41,22 @@ def prepare(study: Study, task: str, folders: Folders) -> "Prepared":
     origin.unlink(missing_ok=True)
     made = prepare(source, study.tasks[task].model or study.model, folders.task(task))
     write_atomically(origin, _origin(study, task).encode())
+    progress(f"{task}: {describe(made)}")
     return made
+
+
+def describe(data: "Prepared") -> str:
+    """Return in one line how many examples prepared data have, of which classes, and what was left out."""
+    parts = [f"{len(data)} examples"]
+    left_out = [f"{count} {reason}" for reason, count in data.dropped.items() if count]
+    if left_out:
+        parts.append(f"left out: {', '.join(left_out)}")
+    classes = [f"{found['name']} {found['examples']}" for found in data.class_counts()]
+    if classes:
+        more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
+        shown = ", ".join(classes[:MOST_CLASSES])
+        parts.append(f"{len(classes)} classes: {shown}{more}")
+    return printable("; ".join(parts), 2000)
 
 
 def _origin(study: Study, task: str) -> str:
@@ -131,9 +152,12 @@ def execute(
     checkpoints, print_line = folders.checkpoints(run), _prefixed(progress, run)
     wait = "another process is running it; waiting for it to finish"
     with locked(checkpoints / "lock", lambda: print_line(wait)):
+        # For the reader of `obstacles.announce`; the lock holds without it.
+        with suppress(OSError):
+            (checkpoints / "lock").write_text(str(os.getpid()))
         with locked(folders.task(run.task) / "lock", lambda: print_line("waiting for its data")):
             if not _is_prepared(study, run.task, folders):
-                prepare(study, run.task, folders)
+                prepare(study, run.task, folders, progress)
             if not _is_divided(config, run, folders):
                 partition(study, run.task, run.partition, run.seed, folders)
         hashes = _hashes(study, run, config, folders)

@@ -137,11 +137,13 @@ def paired_table(scene: Scene, against: str | None = None) -> Table:
                 "n": str(result.n),
             }
         )
+    gap = any(not math.isfinite(result.p) for *_, result in found)
     name = scene.titles.get(against, against)
     notes = [
         f"Test score of the method minus that of {name} on the same seed (same split, same clients, same new "
         "head); n pairs, two-sided paired t-test. p adjusted is for the number of rows (Benjamini and "
         "Hochberg). With few seeds only large differences can be distinguished from chance.",
+        *(["–: not defined, since the difference is the same in all pairs."] if gap else []),
         *([f"Comparisons left out, with fewer than two pairs: {too_few}."] if too_few else []),
         *scene.notes(),
     ]

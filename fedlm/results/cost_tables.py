@@ -10,7 +10,15 @@ import numpy
 import pandas
 
 from fedlm.results import records
-from fedlm.results.cells import CELL, mean_and_deviation, score_text, shown_mean, task_texts
+from fedlm.results.cells import (
+    CELL,
+    mean_and_deviation,
+    score_text,
+    shown_mean,
+    stands_out,
+    task_texts,
+    test_variance,
+)
 from fedlm.results.scene import Scene
 from fedlm.results.typeset import WIDTH, Table, spread
 
@@ -32,6 +40,11 @@ UNITS_NOTE = (
     "Mean ± standard deviation over seeds; the deviation is left out for one seed and where it is "
     "below the last digit. MB is 1e6 bytes, MiB is 1,048,576 bytes, TFLOP is 1e12 floating point operations."
 )
+BEST_NOTE = (
+    "Bold: best of the competitors. Values that look equal are equally bold. A score is bold only among those of "
+    "the most seeds, and only if the next one is further away than the standard error of the difference, for so "
+    "many test examples (binomial, methods taken as tested independently; of losses it is not known)."
+)
 SUMS_NOTE = (
     "Bytes and compute are sums over all clients and rounds of a run, without the first broadcast of the "
     "pretrained model. Peak memory is that of live tensors in the turn with the highest peak, model included."
@@ -42,7 +55,7 @@ def _cost_table(
     scene: Scene, quantities: Sequence[Quantity], score: bool
 ) -> tuple[pandas.DataFrame, pandas.DataFrame, numpy.ndarray]:
     """Return numbers, cells and best marks of a table with one row for each task, partition and method."""
-    number_rows, cell_rows, value_rows = [], [], []
+    number_rows, cell_rows, value_rows, variances = [], [], [], []
     texts = task_texts(scene) if score else {task: task for task in scene.tasks}
     for task, partition, method, runs, asked in scene.cells():
         number: dict[str, Any] = {"task": task, "partition": partition, "method": method}
@@ -66,6 +79,7 @@ def _cost_table(
         number_rows.append(number)
         cell_rows.append(cell)
         value_rows.append([*value, math.nan])
+        variances.append(test_variance(runs))
     numbers, cells = pandas.DataFrame(number_rows), pandas.DataFrame(cell_rows)
     values: numpy.ndarray = numpy.array(value_rows, float)
     best: numpy.ndarray = numpy.zeros(values.shape, dtype=bool)
@@ -80,6 +94,11 @@ def _cost_table(
             some = values[rows.index]
             # With one method there is no best.
             several = numpy.isfinite(some).sum(axis=0) > 1
+            if score:
+                column = cells.columns.get_loc("Score")
+                several[column] &= several[column] and stands_out(
+                    some[:, column], numpy.array(variances)[rows.index]
+                )
             best[rows.index] = several & numpy.isfinite(some) & (some == some.min(axis=0))
     return numbers, cells, best
 
@@ -88,8 +107,9 @@ def main_table(scene: Scene) -> Table:
     """Score, peak memory, bytes up and down and compute of each task x partition x method."""
     numbers, cells, best = _cost_table(scene, [PEAK, UP, DOWN, COMPUTE], score=True)
     notes = [
-        "Score on the test split, of the server's model after the last round. "
-        "Bold: best of the competitors; for the score, of those with the most seeds. " + UNITS_NOTE,
+        "Score on the test split after the last round: of the server's model, and of a method that merges nothing "
+        "(local only) the mean over its clients' models. " + UNITS_NOTE,
+        BEST_NOTE,
         SUMS_NOTE,
         *scene.notes(),
     ]
@@ -115,7 +135,7 @@ def traffic_table(scene: Scene, rounds: pandas.DataFrame) -> Table:
     ]
     numbers, cells, best = _cost_table(scene._replace(runs=runs), quantities, score=False)
     notes = [
-        "Bold: smallest value among the competitors. A turn is one client in one round. " + UNITS_NOTE,
+        "Bold: smallest value among the competitors, equally where values look equal. A turn is one client in one round. " + UNITS_NOTE,
         "The broadcast is the pretrained model, sent once to every client before its first turn; it is not "
         "counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's are those of merging.",
         *scene.notes(),
@@ -138,7 +158,7 @@ def memory_table(scene: Scene) -> Table:
         quantities.append(Quantity("cuda_peak_bytes", "CUDA peak", 2**20))
     numbers, cells, best = _cost_table(scene, quantities, score=False)
     notes = [
-        "All in MiB (1,048,576 bytes). Bold: lowest peak among the competitors. Mean ± standard deviation over "
+        "All in MiB (1,048,576 bytes). Bold: lowest peak among the competitors, equally where peaks look equal. Mean ± standard deviation over "
         "seeds.",
         "Parameters, gradients, optimizer state, what the method itself holds (an anchor, a control variate) "
         "and activations make up the peak of live tensors in the turn with the highest peak. The resident set is that of the whole process, Python included.",
@@ -188,7 +208,10 @@ def terminal(
         block = [f"{task}: {partition}{skewed}", line(headings)]
         blocks.append("\n".join([*block, *(line(rows[index]) for index in group.index)]))
     notes = [
-        "* Best of the competitors. MB is 1e6 bytes, MiB 1,048,576; bytes are of all clients and rounds."
+        "* Best of the competitors; values that look equal are marked equally, and a score only if the next one is "
+        "further away than the standard error of the difference for so many test examples.",
+        "± is the standard deviation over seeds, left out for one seed and where it is below the last digit. "
+        "MB is 1e6 bytes, MiB 1,048,576; bytes are of all clients and rounds.",
     ]
     notes = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes + scene.notes()]
     return "\n\n".join([*blocks, "\n".join(notes)])

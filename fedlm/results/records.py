@@ -118,6 +118,7 @@ class _Record(_Part):
     baseline_validation: dict[str, float] = {}
     rounds: list[_Round] = Field(min_length=1)
     clients: int
+    examples: dict[str, int] = {}
     upload_bytes: int
     download_bytes: int
     broadcast_bytes: int
@@ -145,6 +146,7 @@ _RUN_SCHEMA = {
     **dict.fromkeys(["test_score", "validation_score", "baseline_score"], _NUMBER),
     **dict.fromkeys(["rounds", "clients", "batch_size"], _INTEGER),
     "learning_rate": _NUMBER,
+    "test_examples": _INTEGER,
     **dict.fromkeys(["upload_bytes", "download_bytes", "broadcast_bytes", *MEMORY_COLUMNS], _INTEGER),
     **dict.fromkeys(["resident_set_bytes", "cuda_peak_bytes", "queries"], _INTEGER),
     **dict.fromkeys(["flops", "train_seconds", "server_seconds", "wall_seconds", "label_divergence", "size_gini"], _NUMBER),
@@ -272,6 +274,7 @@ def _run_row(record: _Record) -> dict[str, Any]:
         "rounds": record.rounds[-1].round,
         "batch_size": record.config.training.batch_size,
         "learning_rate": record.config.training.learning_rate,
+        "test_examples": record.examples.get("test"),
         "flops": float(record.flops),
         "server_seconds": sum(entry.seconds.get("merge", 0.0) for entry in record.rounds),
         **(record.memory.model_dump() if record.memory else dict.fromkeys(MEMORY_COLUMNS)),

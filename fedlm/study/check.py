@@ -14,12 +14,16 @@ from fedlm.study.study import Study
 from fedlm.study.yaml_files import printable
 
 
-def check(study: Study) -> None:
-    """Check a study beyond its file: data files, models, lengths, blocks, labels. Nothing is downloaded.
+def check(study: Study) -> list[str]:
+    """Check a study beyond its file: data, models, lengths, blocks, labels. Nothing is downloaded.
+
+    The reader's own data are read once, with a progress bar in a terminal. Returns notes, one line each: what
+    is allowed, but perhaps not meant.
 
     Raises UserError with one line for each fault, naming the key's path.
     """
     faults: list[str] = []
+    notes: list[str] = []
 
     def attempt(path: str, action: Callable[[], object]) -> None:
         try:
@@ -34,7 +38,11 @@ def check(study: Study) -> None:
         path, kind = f"tasks.{label}", task.kind
         attempt(path, task.check)
         if not any(fault.startswith(f"{path}:") for fault in faults):
-            _check_partitions(study, label, task, attempt)
+            attempt(path, task.examine)
+        if not any(fault.startswith(f"{path}:") for fault in faults):
+            found_in_data = task.examine()  # remembered
+            notes += [f"{path}: {printable(note, 1000)}" for note in found_in_data.notes]
+            _check_partitions(study, label, task, found_in_data.training, attempt)
         model = entry.model or study.model
         try:
             found = facts(model, kind)
@@ -72,12 +80,14 @@ def check(study: Study) -> None:
         faults.append("methods: no run remains; allowed: at least one method for a task and a partition")
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+    return notes
 
 
-def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -> None:
+def _check_partitions(study: Study, label: str, task: Task, training: int | None, attempt: Callable) -> None:
     """Check that the task can be partitioned as in the study, as far as that is known without its data."""
     labels, groups = task.count_labels(), None if task.has_groups else 0
-    most = getattr(task.config, "train_examples", None)  # there may be fewer, which only the data show
+    # Of fixed data only the most is known: there may be fewer.
+    most = training or getattr(task.config, "train_examples", None)
     for name in study.partitions_of(label):
         config = study.partitions[name]
         clients = study.run(label, name, next(iter(study.methods)), study.seeds[0]).federation.clients

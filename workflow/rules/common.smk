@@ -12,7 +12,8 @@ sys.path.insert(0, workflow.basedir)
 
 import fedlm.study.reading
 from fedlm.study.check import check
-from fedlm.base.errors import UserError
+from fedlm.base.errors import FailedRun, UserError
+from fedlm.jobs import obstacles
 from fedlm.jobs.provenance import code_hash, data_code_hash
 from fedlm.jobs.sources import syntax_hash, with_imports
 from fedlm.study.plugins import file_of
@@ -52,10 +53,19 @@ try:
     STUDY_FILE = study_file()
     study = fedlm.study.reading.load(STUDY_FILE)
     if workflow.is_main_process:
-        check(study)
+        for note in check(study):
+            print(f"note: {note}", file=sys.stderr)
+        obstacles.check_times(study)
+        # Without this folder Snakemake cannot even start.
+        obstacles.check_writable([Path(".snakemake")])
+        for line in obstacles.announce(study, Path("results", study.study)):
+            print(f"note: {line}", file=sys.stderr)
 except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
+except FailedRun as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
 
 RUNS = list(study.runs())
 TRIALS = list(study.trials())
@@ -214,6 +224,15 @@ def memory_mb(task, method, predictions, attempt):
             held = 5 * predicted["exchanged_bytes"]
             needed = PROCESS_MB + (predicted[turn] + held) / 1e6
     return int(needed * (1 + 0.5 * (attempt - 1)))
+
+
+def check_writable():
+    """End before the first job if its outputs cannot be written, with one line that says why."""
+    try:
+        obstacles.check_writable([Path(RESULTS), Path(FIGURES)])
+    except FailedRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def draw_finished_runs():
