@@ -13,14 +13,15 @@ import pandas
 
 from fedlm.base.files import write_atomically
 from fedlm.results import records
-from fedlm.results.comparisons import aggregate_table, paired_table
+from fedlm.results.comparisons import paired_table
 from fedlm.results.cost_tables import main_table, memory_table, traffic_table
+from fedlm.results.ranking import ranking_table
 from fedlm.results.reference import REFERENCE, reference_table
 from fedlm.results.scene import Expected, Scene
 from fedlm.results.skew import skew_table
 from fedlm.results.typeset import Table, latex, markdown
 
-NAMES = ("main", "aggregate", "paired", "traffic", "memory", "skew", "reference")
+NAMES = ("main", "ranking", "paired", "traffic", "memory", "skew", "reference")
 
 
 def make(
@@ -52,7 +53,7 @@ def make(
     rounds = records.load_rounds(rounds_path)
     tables = [
         main_table(scene),
-        aggregate_table(scene),
+        ranking_table(scene),
         paired_table(scene, against),
         traffic_table(scene, rounds),
         memory_table(scene),

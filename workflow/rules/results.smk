@@ -4,7 +4,7 @@ from fedlm.results.figures import names
 
 TABLES = {
     "main": "Score and costs",
-    "aggregate": "Aggregated scores",
+    "ranking": "Ranking",
     "paired": "Paired comparisons",
     "traffic": "Traffic and time",
     "memory": "Memory",
