@@ -38,3 +38,23 @@ class Contents(NamedTuple):
         """Return the names of the figures that only some studies have, in their order."""
         several = self.competitors > 1 and self.cells > 1
         return [*(["profiles"] if several else []), *(["tuning"] if self.tuned else [])]
+
+
+def cohorts(study: Study) -> dict[tuple[str, str], float]:
+    """Return for each task and method how many cohorts a round has for each of its clients.
+
+    1 where clients take turns, 1 / clients where all are merged at once. A method whose cohorts depend on the
+    model is left out.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for run in study.runs():
+        if (run.task, run.method) in found:
+            continue
+        config = study.run(run.task, run.partition, run.method, run.seed)
+        clients = list(range(config.federation.clients))
+        try:
+            made = config.method_class(config.method_settings, len(clients), run.seed).cohorts(clients, 1)
+        except AttributeError:  # of what `prepare` sets
+            continue
+        found[run.task, run.method] = len(made) / len(clients)
+    return found

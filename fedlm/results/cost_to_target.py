@@ -69,7 +69,7 @@ def cost_to_target_table(
         "download_bytes": ("Sent down (MB)", 1e6),
         "flops": ("Compute (TFLOP)", 1e12),
         "peak_memory_bytes": ("Peak memory (MiB)", 2**20),
-        **{name: (name.replace("seconds_on", "Seconds on"), 1.0) for name in columns},
+        **{name: (name, 1.0) for name in columns},
     }
     scores = centralised_scores(scene)
     memory = scene.runs[[*KEYS, "peak_memory_bytes"]]
@@ -100,7 +100,8 @@ def cost_to_target_table(
                 # A seed that never gets there counts as infinitely dear, so that it cannot improve the median.
                 typical = float(known.where(reached, math.inf).median()) if known[reached].notna().all() else math.nan
                 number[column] = typical if math.isfinite(typical) else math.nan
-                cell[heading] = "never" if typical == math.inf else significant(typical / unit)
+                text = f"{typical:g}" if column == "round" else significant(typical / unit)
+                cell[heading] = "never" if typical == math.inf else text
             numbers.append(number)
             cells.append(cell)
     headings = ["Task", "Partition", "Method", "Target", "Reached"]

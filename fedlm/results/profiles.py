@@ -7,7 +7,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from fedlm.results.cells import CELL
-from fedlm.results.drawing import Style, panels
+from fedlm.results.drawing import WIDTH, Style, panels
 from fedlm.results.lettering import methods_legend
 from fedlm.results.scene import Scene
 from fedlm.results.typeset import Table
@@ -59,7 +59,7 @@ def profiles_table(scene: Scene) -> Table:
     ]
     return Table(
         "profiles",
-        "How often a method is close to the best",
+        "How often a method is within some points of the best",
         pandas.DataFrame(numbers, columns=["method", "title", "points", "share"]),
         cells,
         numpy.zeros(cells.shape, dtype=bool),
@@ -72,6 +72,8 @@ def profiles(scene: Scene, look: dict[str, Style]) -> Figure:
     """Draw the share of cells over the distance from the best, a step function for each competitor."""
     below = gaps(scene)
     figure, grid = panels(1, 1, height=2.1)
+    if below.shape[1] > 4:
+        figure.set_figwidth(WIDTH)  # for the legend
     axes = grid[0, 0]
     finite = below.to_numpy()[numpy.isfinite(below.to_numpy())]
     longest = max(1.0, float(finite.max()) * 1.05) if len(finite) else 1.0
