@@ -225,7 +225,7 @@ def test_latex_has_no_bare_percent_sign_and_balanced_environments(tmp_path):
 
 
 def test_ranking_has_the_interquartile_mean_of_all_cells(tmp_path):
-    runs, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora")})
+    runs, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora")}, seeds=(1, 2, 3, 4))
     make(tmp_path, expected)
     table = pandas.read_csv(tmp_path / "tables" / "ranking.csv").set_index("method")
     scores = runs[runs["method"] == "fedavg"]["test_score"] * 100
@@ -364,7 +364,7 @@ def test_interquartile_mean_and_its_interval(cells):
     assert found == statistics.interquartile_mean(cells, resamples=200) or math.isnan(found.low)
     everything = numpy.concatenate(cells)
     assert everything.min() - 1e-9 <= found.value <= everything.max() + 1e-9
-    if max(map(len, cells)) == 1:
+    if min(map(len, cells)) < statistics.LEAST_SEEDS:
         assert math.isnan(found.low)
     else:
         assert found.low <= found.high
