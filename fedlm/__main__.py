@@ -237,10 +237,17 @@ def tables(
     config: Config,
     results: Results = Path("results"),
     show: Annotated[bool, typer.Option(help="Print the main table instead of writing files.")] = False,
+    devices: Annotated[
+        Path | None, typer.Option(help="Own devices and links, added to those of config/devices.yaml.")
+    ] = None,
 ) -> None:
     """Write the tables of a study from its compiled records."""
+    from fedlm.results import contents
     from fedlm.results import tables as table_module
+    from fedlm.results.claims import read_predicted
     from fedlm.results.cost_tables import terminal
+    from fedlm.results.devices import read_devices
+    from fedlm.results.tuning import read_choices, read_trials
 
     study = _study(config)
     root = _folders(study, results).root
@@ -248,6 +255,7 @@ def tables(
     if show:
         print(terminal(root / "runs.parquet", expected, titles, study.found.controls()))
         return
+    has = contents.Contents.of(study)
     table_module.make(
         root / "runs.parquet",
         root / "rounds.parquet",
@@ -255,6 +263,14 @@ def tables(
         titles,
         root / "tables",
         controls=study.found.controls(),
+        evidence=table_module.Evidence(
+            contents=has,
+            devices=read_devices(devices),
+            cohorts=contents.cohorts(study),
+            trials=read_trials(root / "trials.parquet") if has.tuned else None,
+            choices=read_choices(root / "tuning") if has.tuned else (),
+            predicted=read_predicted(root / "costs" / "claims.csv") if has.tuned else None,
+        ),
     )
 
 
@@ -266,9 +282,12 @@ def figures(
 ) -> None:
     """Draw the figures of a study from its compiled records and partitions."""
     from fedlm.results import figures as figure_module
+    from fedlm.results.contents import Contents
+    from fedlm.results.tuning import read_trials
 
     study = _study(config)
     folders = _folders(study, results)
+    has = Contents.of(study)
     figure_module.make(
         folders.root / "runs.parquet",
         folders.root / "rounds.parquet",
@@ -277,6 +296,8 @@ def figures(
         destination / study.study,
         _expected(study),
         controls=study.found.controls(),
+        contents=has,
+        trials=read_trials(folders.root / "trials.parquet") if has.tuned else None,
     )
 
 
@@ -312,6 +333,9 @@ def costs(
     predictions: Annotated[
         Path | None, typer.Option(help="With --config: only write the needs of its jobs to this file.")
     ] = None,
+    claims: Annotated[
+        Path | None, typer.Option(help="Only write the costs that config/claims.yaml names to this csv file.")
+    ] = None,
 ) -> None:
     """Predict bytes, memory and FLOPs of methods on models, without weights, data, GPU or network.
 
@@ -323,6 +347,13 @@ def costs(
 
     if predictions is not None and config is None:
         raise UserError("--predictions: needs --config, the study whose jobs are predicted")
+    if claims is not None:
+        from fedlm.costs.claimed import write_claimed
+
+        lines = write_claimed(claims, log=lambda line: print(line, file=sys.stderr))
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(2 if lines else 0)
     if config is not None and (model or method):
         raise UserError("--config: not allowed with --model or --method, which the study names")
     if config is not None:

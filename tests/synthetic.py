@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy
+import pandas
 
 from fedlm.data.partition import PartitionFile
 from fedlm.data.schemes import parse
@@ -153,6 +154,7 @@ def synthetic_record(
         "baseline_validation": {metric: chance if greater else 40.0, "loss": 1.6},
         "rounds": entries,
         "clients": clients,
+        "examples": {"train": 800, "validation": 100, "test": 200},
         "upload_bytes": sum(entry["upload_bytes"] for entry in entries),
         "download_bytes": sum(entry["download_bytes"] for entry in entries),
         "broadcast_bytes": int(90.9e6) * clients,
@@ -178,6 +180,46 @@ def synthetic_record(
         },
         "extra": {},
     }
+
+
+def synthetic_trials(tasks, methods, trials: int = 8, failed=(("fedprompt", 2),)):
+    """Return trials as compiled, and the choice of each task and method."""
+    rows, choices = [], []
+    for task in tasks:
+        for method in methods:
+            stream = numpy.random.default_rng(sum(map(ord, task + method)))
+            rates = 10 ** stream.uniform(-5, -2, trials)
+            top = METHODS[method][0]
+            scores = top - 0.08 * (numpy.log10(rates) + 3.5) ** 2 + stream.normal(0, 0.004, trials)
+            finished = [(method, trial) not in failed for trial in range(trials)]
+            for trial in range(trials):
+                rows.append(
+                    {
+                        "task": task,
+                        "partition": "dirichlet_0.1",
+                        "method": method,
+                        "seed": 100,
+                        "trial": trial,
+                        "status": "finished" if finished[trial] else "failed",
+                        "searched": json.dumps({"training.learning_rate": float(f"{rates[trial]:.3g}")}),
+                        "metric": "accuracy" if finished[trial] else None,
+                        "greater_is_better": True if finished[trial] else None,
+                        "validation_score": float(scores[trial]) if finished[trial] else None,
+                    }
+                )
+            best = int(numpy.argmax(numpy.where(finished, scores, -1)))
+            chosen = {"training.learning_rate": float(f"{rates[best]:.3g}")}
+            choices.append(
+                {
+                    "task": task,
+                    "partition": "dirichlet_0.1",
+                    "method": method,
+                    "trial": best,
+                    "chosen": chosen,
+                    "at_edge": list(chosen) if rates[best] in (rates.min(), rates.max()) else [],
+                }
+            )
+    return pandas.DataFrame(rows), choices
 
 
 def write_study(

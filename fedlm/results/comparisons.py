@@ -1,4 +1,4 @@
-"""Tables that compare methods over all cells: aggregated scores, and differences paired by seed."""
+"""The table of differences between methods, paired by seed."""
 
 import math
 
@@ -6,83 +6,10 @@ import numpy
 import pandas
 
 from fedlm.base.errors import UserError
-from fedlm.results.cells import CELL, points, shown_mean, task_texts
+from fedlm.results.cells import points, task_texts
 from fedlm.results.scene import Scene
-from fedlm.results.statistics import adjust, compare, interquartile_mean
-from fedlm.results.typeset import Table, significant
-
-
-def aggregate_table(scene: Scene) -> Table:
-    """Interquartile mean of all scores of a method, with a stratified bootstrap interval over seeds."""
-    numbers, cells, marks = [], [], []
-    families = scene.runs.assign(family=scene.runs["metric"].where(~scene.runs["greater_is_better"], "score"))
-    for family in sorted(families["family"].unique(), key=lambda name: (name != "score", name)):
-        runs = families[families["family"] == family]
-        greater = family == "score"
-        every_cell = runs.groupby(CELL, observed=True).ngroups
-        values = []
-        for method in scene.methods:
-            own = runs[runs["method"] == method]
-            if own.empty:
-                continue
-            strata = [
-                points(cell["test_score"], greater).to_numpy() for _, cell in own.groupby(CELL, observed=True)
-            ]
-            estimate = interquartile_mean(strata)
-            complete = len(strata) == every_cell
-            numbers.append(
-                {
-                    "family": family,
-                    "method": method,
-                    "title": scene.titles[method],
-                    "control": method in scene.controls,
-                    "interquartile_mean": estimate.value,
-                    "low": estimate.low,
-                    "high": estimate.high,
-                    "mean": points(own["test_score"], greater).mean(),
-                    "cells": len(strata),
-                    "cells_of_all": every_cell,
-                    "runs": len(own),
-                }
-            )
-            write = (lambda value: f"{value:.1f}") if greater else significant
-            known = math.isfinite(estimate.low)
-            cells.append(
-                {
-                    "Measure": "score, points" if greater else f"{family}, lower is better",
-                    "Method": scene.title(method),
-                    "Interquartile mean": write(estimate.value),
-                    "95% interval": f"{write(estimate.low)} to {write(estimate.high)}" if known else "–",
-                    "Mean": write(numbers[-1]["mean"]),
-                    "Cells": f"{len(strata)} of {every_cell}",
-                    "Runs": str(len(own)),
-                }
-            )
-            fit = complete and method not in scene.controls
-            values.append(
-                shown_mean(cells[-1]["Interquartile mean"]) * (-1 if greater else 1) if fit else math.inf
-            )
-        least = min(values, default=math.inf)
-        several = sum(value < math.inf for value in values) > 1
-        marks += [[False, False, several and value == least, *[False] * 4] for value in values]
-    notes = [
-        "Over all cells (task × partition) of a method, in points (score times 100) where greater is better. "
-        "The interval is a stratified bootstrap over seeds, 2,000 draws; it needs a cell with two "
-        "seeds. Methods with different cells cannot be compared; bold: best of the competitors that have all "
-        "cells.",
-        *scene.notes(),
-    ]
-    columns = ["Measure", "Method", "Interquartile mean", "95% interval", "Mean", "Cells", "Runs"]
-    best = numpy.array(marks, dtype=bool).reshape(len(marks), len(columns))
-    return Table(
-        "aggregate",
-        "Scores over all tasks and partitions",
-        pandas.DataFrame(numbers),
-        pandas.DataFrame(cells, columns=columns),
-        best,
-        1,
-        notes,
-    )
+from fedlm.results.statistics import adjust, compare
+from fedlm.results.typeset import Table
 
 
 def paired_table(scene: Scene, against: str | None = None) -> Table:

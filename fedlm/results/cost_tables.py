@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from fedlm.results.cells import (
     task_texts,
     test_variance,
 )
+from fedlm.results.devices import Devices, seconds_so_far
 from fedlm.results.scene import Scene
 from fedlm.results.typeset import WIDTH, Table, spread
 
@@ -116,14 +117,30 @@ def main_table(scene: Scene) -> Table:
     return Table("main", "What each method scores and what it costs", numbers, cells, best, 2, notes)
 
 
-def traffic_table(scene: Scene, rounds: pandas.DataFrame) -> Table:
-    """Bytes and compute of one client in one round, the first broadcast, and seconds."""
+def traffic_table(
+    scene: Scene,
+    rounds: pandas.DataFrame,
+    devices: Devices | None = None,
+    cohorts: Mapping[tuple[str, str], float] | None = None,
+) -> Table:
+    """Bytes and compute of one client in one round, the first broadcast, and seconds.
+
+    With `cohorts` (see `devices.seconds_so_far`) there are also the seconds of a round on the devices and links
+    that are shown.
+    """
     keys = ["task", "partition", "method", "seed"]
     turns = rounds.groupby(keys, observed=True)["participants"].sum().rename("turns").reset_index()
     turns = turns.astype({"task": object, "partition": object, "method": object})
     runs = scene.runs.merge(turns, on=keys, how="left")
     for column in ("upload_bytes", "download_bytes", "flops"):
         runs[f"turn_{column}"] = runs[column] / runs["turns"].where(runs["turns"] > 0)
+    columns = devices.columns() if devices and cohorts else {}
+    for name, (device, link) in columns.items():
+        seconds = rounds[[*keys, "round"]].astype({"task": object, "partition": object, "method": object})
+        seconds[name] = seconds_so_far(rounds, scene.runs, cohorts or {}, device, link)
+        last = seconds.sort_values("round").drop_duplicates(keys, keep="last")
+        last[name] /= last["round"].where(last["round"] > 0)
+        runs = runs.merge(last[[*keys, name]], on=keys, how="left")
     quantities = [
         Quantity("turn_upload_bytes", "Up a turn (MB)", 1e6, mark=True),
         Quantity("turn_download_bytes", "Down a turn (MB)", 1e6, mark=True),
@@ -132,12 +149,21 @@ def traffic_table(scene: Scene, rounds: pandas.DataFrame) -> Table:
         Quantity("train_seconds", "Training (s)", 1),
         Quantity("server_seconds", "Server (s)", 1),
         Quantity("wall_seconds", "Whole run (s)", 1),
+        *(Quantity(name, name, 1, mark=True) for name in columns),
     ]
     numbers, cells, best = _cost_table(scene._replace(runs=runs), quantities, score=False)
     notes = [
         "Bold: smallest value among the competitors, equally where values look equal. A turn is one client in one round. " + UNITS_NOTE,
         "The broadcast is the pretrained model, sent once to every client before its first turn; it is not "
         "counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's are those of merging.",
+        *(
+            [
+                "seconds_on(device, link): of a round, if every client had this device and link of "
+                "config/devices.yaml; a cohort takes as long as its slowest client, and clients that take turns add up."
+            ]
+            if columns
+            else []
+        ),
         *scene.notes(),
     ]
     return Table("traffic", "Traffic and compute of a turn, and time", numbers, cells, best, 2, notes)

@@ -8,17 +8,21 @@ contain no dates and no versions, so that the same records give the same bytes. 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+import pandas
 from matplotlib.figure import Figure
 
 from fedlm.data.partition import PartitionFile
 from fedlm.results import records
+from fedlm.results.contents import Contents
 from fedlm.results.curves import over_bytes, over_rounds
 from fedlm.results.drawing import save_figure, settings, styles
 from fedlm.results.final_scores import over_heterogeneity, trade_off
 from fedlm.results.lettering import note_missing
 from fedlm.results.memory_figures import memory, memory_by_block
 from fedlm.results.partition_figures import draw_partitions
+from fedlm.results.profiles import profiles
 from fedlm.results.scene import Scene
+from fedlm.results.tuning import tuning_curves
 
 NAMES = (
     "score_over_rounds",
@@ -32,8 +36,11 @@ NAMES = (
 PER_PAGE = 4  # tasks (rows), and partitions (columns), of one figure
 
 
-def names(tasks: int, partitions: int) -> list[str]:
-    """Return the names, without ending, of all figures of a study with so many tasks and partitions."""
+def names(tasks: int, partitions: int, contents: Contents = Contents()) -> list[str]:
+    """Return the names, without ending, of all figures of a study with so many tasks and partitions.
+
+    `contents` says which of the figures it has that only some studies have.
+    """
     by_task, by_partition = _pages(tasks), _pages(partitions)
     pages = {
         "score_over_rounds": by_task * by_partition,
@@ -43,8 +50,11 @@ def names(tasks: int, partitions: int) -> list[str]:
         "memory": by_task,
         "memory_by_block": by_task,
         "partitions": by_task * by_partition,
+        "profiles": 1,
+        "tuning": by_task,
     }
-    return [_file_name(name, page) for name in NAMES for page in range(pages[name])]
+    every = [*NAMES, *contents.figures()]
+    return [_file_name(name, page) for name in every for page in range(pages[name])]
 
 
 def _pages(count: int) -> int:
@@ -64,6 +74,8 @@ def make(
     expected: Sequence[tuple[str, str, str, int]] = (),
     *,
     controls: Collection[str] | None = None,
+    contents: Contents = Contents(),
+    trials: pandas.DataFrame | None = None,
 ) -> list[Path]:
     """Draw all figures of a study as pdf and png; return their paths.
 
@@ -75,6 +87,8 @@ def make(
         expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
         controls: names of methods that are not competitors (left out of the front of a trade-off); None:
             as the method files define.
+        contents: which figures there are that only some studies have.
+        trials: of the study's tuning, if it has one.
 
     Raises:
         UserError: a file cannot be read.
@@ -104,6 +118,11 @@ def make(
         save("memory", (memory(scene, page) for page in rows))
         save("memory_by_block", (memory_by_block(scene, look, page) for page in rows))
         save("partitions", (draw_partitions(partitions, *page) for page in grid))
+        more = contents.figures()
+        if "profiles" in more:
+            save("profiles", [profiles(scene, look)])
+        if "tuning" in more and trials is not None:
+            save("tuning", (tuning_curves(scene, look, trials, page) for page in rows))
     return written
 
 

@@ -99,6 +99,7 @@ class _Round(_Part):
     seconds: dict[str, float] = {}
     clients: list[int] = []
     dropped: list[int] = []
+    payloads: list[tuple[int, int, int]] = []  # client, bytes down, bytes up
 
 
 class _Record(_Part):
@@ -149,7 +150,7 @@ _RUN_SCHEMA = {
     "test_examples": _INTEGER,
     **dict.fromkeys(["upload_bytes", "download_bytes", "broadcast_bytes", *MEMORY_COLUMNS], _INTEGER),
     **dict.fromkeys(["resident_set_bytes", "cuda_peak_bytes", "queries"], _INTEGER),
-    **dict.fromkeys(["flops", "train_seconds", "server_seconds", "wall_seconds", "label_divergence", "size_gini"], _NUMBER),
+    **dict.fromkeys(["flops", "train_seconds", "server_seconds", "wall_seconds", "label_divergence", "size_gini", "largest_client_share"], _NUMBER),
     "memory_by_block": pyarrow.list_(
         pyarrow.struct({"block": _TEXT, **dict.fromkeys(MEMORY_COLUMNS, _INTEGER)})
     ),
@@ -163,6 +164,7 @@ _ROUND_SCHEMA = pyarrow.schema(
         **dict.fromkeys(["seed", "round"], _INTEGER),
         **dict.fromkeys(["validation_score", "validation_loss", "train_loss"], _NUMBER),
         **dict.fromkeys(["upload_bytes", "download_bytes"], _INTEGER),
+        **dict.fromkeys(["largest_upload_bytes", "largest_download_bytes"], _INTEGER),
         "flops": _NUMBER,
         **{f"{name}_seconds": _NUMBER for name in SECONDS},
         **dict.fromkeys(["participants", "dropped"], _INTEGER),
@@ -176,7 +178,7 @@ def collect(records: Iterable[Path], rounds_path: Path, runs_path: Path) -> int:
     Args:
         records: paths of run records, in any order.
         rounds_path: file with one row per run and round; round 0 is the untrained server model. Bytes, FLOPs
-            and seconds are cumulated from the first round on.
+            and seconds are cumulated from the first round on, but not the largest payloads of a round.
         runs_path: file with one row per run. Besides the fixed columns there is `test_<metric>` for every
             metric on the test split, and `extra_<name>` for every number that a method reports of its own.
 
@@ -281,6 +283,7 @@ def _run_row(record: _Record) -> dict[str, Any]:
         "memory_by_block": [{"block": name, **memory.model_dump()} for name, memory in blocks],
         "label_divergence": record.partition_skew.get("label_divergence"),
         "size_gini": record.partition_skew.get("size_gini"),
+        "largest_client_share": _largest_share(record),
         **record.provenance.model_dump(),
         **{f"test_{name}": value for name, value in record.test.items()},
         **{
@@ -289,6 +292,12 @@ def _run_row(record: _Record) -> dict[str, Any]:
             if isinstance(value, int | float)
         },
     }
+
+
+def _largest_share(record: _Record) -> float | None:
+    """Return the share of the training examples that the partition's largest client holds."""
+    largest, examples = record.partition_skew.get("largest_client"), record.examples.get("train")
+    return largest / examples if largest and examples else None
 
 
 def _add_rounds(rows: dict[str, list], record: _Record) -> None:
@@ -301,7 +310,8 @@ def _add_rounds(rows: dict[str, list], record: _Record) -> None:
     rows["validation_loss"].append(record.baseline_validation.get("loss"))
     rows["train_loss"].append(None)
     costs = ["upload_bytes", "download_bytes", "flops", *(f"{name}_seconds" for name in SECONDS)]
-    for name in (*costs, "participants", "dropped"):
+    largest = ["largest_download_bytes", "largest_upload_bytes"]
+    for name in (*costs, *largest, "participants", "dropped"):
         rows[name].append(0)
     sums: dict[str, float] = dict.fromkeys(costs, 0)
     for entry in record.rounds:
@@ -316,6 +326,8 @@ def _add_rounds(rows: dict[str, list], record: _Record) -> None:
             sums[f"{name}_seconds"] += entry.seconds.get(name, 0.0)
         for name, value in sums.items():
             rows[name].append(value)
+        for place, name in enumerate(largest, start=1):
+            rows[name].append(max((row[place] for row in entry.payloads), default=None))
         rows["participants"].append(len(entry.clients))
         rows["dropped"].append(len(entry.dropped))
 

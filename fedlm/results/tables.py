@@ -6,21 +6,51 @@ compute in TFLOP (1e12), scores in points (times 100) unless smaller is better. 
 runs. The same records give the same bytes.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas
 
 from fedlm.base.files import write_atomically
 from fedlm.results import records
-from fedlm.results.comparisons import aggregate_table, paired_table
+from fedlm.results.claims import CLAIMS, claims_table
+from fedlm.results.comparisons import paired_table
+from fedlm.results.contents import Contents
+from fedlm.results.cost_to_target import cost_to_target_table
 from fedlm.results.cost_tables import main_table, memory_table, traffic_table
+from fedlm.results.devices import Devices
+from fedlm.results.profiles import profiles_table
+from fedlm.results.quality import quality_table
+from fedlm.results.ranking import ranking_table
 from fedlm.results.reference import REFERENCE, reference_table
 from fedlm.results.scene import Expected, Scene
 from fedlm.results.skew import skew_table
+from fedlm.results.tuning import tuning_table
 from fedlm.results.typeset import Table, latex, markdown
 
-NAMES = ("main", "aggregate", "paired", "traffic", "memory", "skew", "reference")
+NAMES = ("main", "ranking", "paired", "traffic", "memory", "skew", "reference", "quality")
+
+
+class Evidence(NamedTuple):
+    """What the tables need that only some studies have.
+
+    `devices` and `cohorts` give seconds on devices (see `devices.seconds_so_far`), `trials` and `choices` are those
+    of a tuning, `predicted` are the predicted costs that claims name.
+    """
+
+    contents: Contents = Contents()
+    devices: Devices | None = None
+    cohorts: Mapping[tuple[str, str], float] | None = None
+    trials: pandas.DataFrame | None = None
+    choices: Sequence[dict[str, Any]] = ()
+    predicted: pandas.DataFrame | None = None
+    claims_path: Path = CLAIMS
+
+
+def names(contents: Contents) -> list[str]:
+    """Return the names of all tables of a study."""
+    return [*NAMES, *contents.tables()]
 
 
 def make(
@@ -33,6 +63,7 @@ def make(
     controls: Collection[str] | None = None,
     against: str | None = None,
     reference_path: Path = REFERENCE,
+    evidence: Evidence | None = None,
 ) -> list[Path]:
     """Write all tables of a study as csv, md and tex, and `missing.csv`; return their paths.
 
@@ -40,25 +71,35 @@ def make(
         runs_path, rounds_path: the files of `results.collect`.
         expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
         titles: display title of each method label, in the order of the rows.
-        destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `NAMES`.
+        destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `names`.
         controls: names of methods that are not competitors; None: as the method files define.
         against: label of the method that the others are compared with in pairs; by default that of FedAvg.
         reference_path: published numbers.
+        evidence: what the tables need that only some studies have; without it there are none of these.
 
     Raises:
         UserError: a file cannot be read.
     """
+    evidence = evidence or Evidence()
     scene = Scene.make(records.load_runs(runs_path), expected, titles, controls)
     rounds = records.load_rounds(rounds_path)
     tables = [
         main_table(scene),
-        aggregate_table(scene),
+        ranking_table(scene),
         paired_table(scene, against),
-        traffic_table(scene, rounds),
+        traffic_table(scene, rounds, evidence.devices, evidence.cohorts),
         memory_table(scene),
         skew_table(scene),
         reference_table(scene, reference_path),
+        quality_table(scene, rounds, evidence.trials, evidence.choices),
     ]
+    makers: dict[str, Callable[[], Table]] = {
+        "profiles": lambda: profiles_table(scene),
+        "cost_to_target": lambda: cost_to_target_table(scene, rounds, evidence.devices, evidence.cohorts),
+        "tuning": lambda: tuning_table(scene, evidence.trials, evidence.choices),
+        "claims": lambda: claims_table(scene, evidence.predicted, evidence.claims_path),
+    }
+    tables += [makers[name]() for name in evidence.contents.tables()]
     destination = Path(destination)
     written = write(tables, destination)
     path = destination / "missing.csv"

@@ -96,6 +96,13 @@ _TEXT_COLUMNS = {
     "Quantity",
     "Origin",
     "Division of the data",
+    "Rule",
+    "Found",
+    "Group",
+    "Chosen",
+    "System",
+    "Claim",
+    "Verdict",
 }
 # Special characters of LaTeX, and characters that its standard fonts lack.
 _ESCAPES = str.maketrans(
@@ -120,6 +127,15 @@ _ESCAPES = str.maketrans(
 )
 
 
+# Sentences break into lines.
+_SENTENCES = {"Claim": "p{5cm}", "Rule": "p{4cm}", "Found": "p{4cm}"}
+
+
+def _column(heading: str) -> str:
+    """Return how LaTeX aligns a column."""
+    return _SENTENCES.get(heading) or ("l" if heading in _TEXT_COLUMNS else "r")
+
+
 def _latex_heading(heading: str) -> str:
     """Put the unit below the name, which saves width."""
     name, bracket, unit = heading.translate(_ESCAPES).partition(" (")
@@ -137,7 +153,8 @@ def latex(table: Table) -> str:
     if table.groups > 1:
         # The first column becomes separate lines, which saves its width.
         best, sections, cells = best[:, 1:], cells.iloc[:, 0], cells.iloc[:, 1:]
-    align = "".join("l" if column in _TEXT_COLUMNS else "r" for column in cells.columns)
+    columns = [_column(column) for column in cells.columns]
+    align = "".join(columns)
     cells.columns = [_latex_heading(column) for column in cells.columns]
     marks = pandas.DataFrame(
         numpy.where(best, "textbf:--rwrap;", ""), index=cells.index, columns=cells.columns
@@ -158,14 +175,14 @@ def latex(table: Table) -> str:
     for row in range(len(cells) - 1, -1, -1):
         if sections is not None and sections.iloc[row]:
             lines.insert(
-                body + row, f"\\multicolumn{{{len(align)}}}{{l}}{{\\textit{{{sections.iloc[row]}}}}} \\\\"
+                body + row, f"\\multicolumn{{{len(columns)}}}{{l}}{{\\textit{{{sections.iloc[row]}}}}} \\\\"
             )
             if row:
                 lines.insert(body + row, "\\midrule")
         elif row and cells.iloc[row, 0]:
             lines.insert(body + row, "\\addlinespace")
     text = "\n".join(lines)
-    narrow = len(align) > 8
+    narrow = len(columns) > 8 or any(len(column) > 1 for column in columns)
     size = (
         f"\\{'scriptsize' if narrow else 'footnotesize'}\\setlength{{\\tabcolsep}}{{{3 if narrow else 4}pt}}"
     )

@@ -1,5 +1,8 @@
 # What each method would cost: needs neither data nor weights nor runs.
 
+from fedlm.results.claims import read_claims, to_predict
+from fedlm.study.plugins import discover_methods
+
 
 rule predict:
     output:
@@ -26,3 +29,34 @@ rule predict:
     shell:
         "{{ python3 -m fedlm costs --config {params.study:q} --predictions {output}"
         " || [ -s {output} ] || echo '{{}}' > {output}; }} 2>&1 | tee {log}"
+
+
+def claimed_methods():
+    """Return a hash of the meaning of the method files whose costs the claims name."""
+    names = {name for some in to_predict(read_claims()).values() for name in some}
+    known = discover_methods()
+    files = [file_of(known[name]) for name in sorted(names & set(known))]
+    return syntax_hash(with_imports(files))
+
+
+if CONTENTS.tuned:
+
+    # The costs on large models that config/claims.yaml names: for the verdicts in the table of claims.
+    rule predict_claims:
+        output:
+            CLAIMED,
+        log:
+            f"{RESULTS}/logs/predict_claims.log",
+        localrule: True
+        conda:
+            "../../environment.yml"
+        threads: 1
+        params:
+            depends_on=[
+                sources("fedlm/costs/claimed.py", "config/claims.yaml"),
+                claimed_methods(),
+            ],
+        message:
+            "Predicting the costs that claims name"
+        shell:
+            "python3 -m fedlm costs --claims {output} 2>&1 | tee {log}"

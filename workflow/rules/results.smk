@@ -1,18 +1,28 @@
 # From the records to tables, figures and pages.
 
-from fedlm.results.figures import names
+from fedlm.results.contents import Contents
+from fedlm.results.figures import names as names_of_figures
+from fedlm.results.tables import names as names_of_tables
 
-TABLES = {
+CONTENTS = Contents.of(study)
+TITLES_OF_TABLES = {
     "main": "Score and costs",
-    "aggregate": "Aggregated scores",
+    "ranking": "Ranking",
     "paired": "Paired comparisons",
     "traffic": "Traffic and time",
     "memory": "Memory",
     "skew": "Skew of the partitions",
     "reference": "Published numbers",
+    "quality": "Quality control",
+    "profiles": "Performance profiles",
+    "cost_to_target": "Cost to target",
+    "tuning": "Tuning",
+    "claims": "Claims",
 }
+TABLES = {name: TITLES_OF_TABLES[name] for name in names_of_tables(CONTENTS)}
+CLAIMED = f"{RESULTS}/costs/claims.csv"
 PAGES = Path(workflow.basedir, "workflow", "scripts", "pages.py")
-PICTURES = names(len(study.tasks), len(study.partitions))
+PICTURES = names_of_figures(len(study.tasks), len(study.partitions), CONTENTS)
 
 
 rule collect:
@@ -39,6 +49,7 @@ rule collect:
 rule tables:
     input:
         rules.collect.output,
+        [CLAIMED] if CONTENTS.tuned else [],
     output:
         expand(
             f"{RESULTS}/tables/{{table}}.{{format}}",
@@ -54,7 +65,12 @@ rule tables:
         study=STUDY_FILE,
         titles=study.titles(),
         depends_on=[
-            sources("fedlm/results/tables.py", "config/reference.yaml"),
+            sources(
+                "fedlm/results/tables.py",
+                "config/reference.yaml",
+                "config/devices.yaml",
+                "config/claims.yaml",
+            ),
             methods_used(),
         ],
     message:

@@ -1,0 +1,298 @@
+"""What the papers claim, and what the study says about it: config/claims.yaml with computed verdicts.
+
+Each claim has a rule that was fixed before the first run, so that a verdict is computed and never written.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import numpy
+import pandas
+from pydantic import Field, ValidationError
+
+from fedlm.base.errors import UserError
+from fedlm.base.settings import Settings
+from fedlm.results.cells import CELL
+from fedlm.results.ranking import families
+from fedlm.results.scene import Scene
+from fedlm.results.statistics import compare_cells
+from fedlm.results.typeset import Table, significant
+from fedlm.study.yaml_files import read_yaml, shown
+
+CLAIMS = Path(__file__).parents[2] / "config" / "claims.yaml"
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+UNTESTABLE = "cannot be tested here"
+EVEN = ("iid", "pooled")  # schemes that make clients alike
+
+
+class ScoreRule(Settings):
+    """A difference of test scores, paired by seed within each cell.
+
+    Supported if its 95% interval lies at or above the margin, contradicted if it lies below, else undecided.
+    """
+
+    kind: Literal["score"]
+    of: str = Field(description="label of a row of the study")
+    against: str = Field(description="label of a row of the study")
+    partitions: Literal["all", "even", "skewed"] = "all"
+    at_least: float = Field(description="margin in points; -1: at most one point worse")
+
+
+class CostRule(Settings):
+    """A ratio of measured costs, in each cell of the study.
+
+    Supported if it is at most the limit in every cell, contradicted if in none, else undecided.
+    """
+
+    kind: Literal["cost"]
+    of: str = Field(description="label of a row of the study")
+    against: str = Field(description="label of a row of the study")
+    quantity: Literal["upload_bytes", "download_bytes", "peak_memory_bytes", "flops", "queries"]
+    at_most: float = Field(gt=0, description="limit of the ratio")
+
+
+class PredictedRule(Settings):
+    """A ratio of predicted costs on a model, or without `against` the costs themselves: exact, so always decided."""
+
+    kind: Literal["predicted"]
+    model: str = Field(description="label of a model")
+    of: str = Field(description="name of a method")
+    against: str | None = Field(None, description="name of a method")
+    quantity: Literal[
+        "turn_upload_bytes", "turn_download_bytes", "turn_flops", "peak_memory_bytes", "parameters"
+    ]
+    at_most: float = Field(gt=0, description="limit of the ratio, or of the costs")
+
+
+class NoRule(Settings):
+    """A claim that this suite cannot test, and why."""
+
+    kind: Literal["none"]
+    reason: str
+
+
+Rule = Annotated[ScoreRule | CostRule | PredictedRule | NoRule, Field(discriminator="kind")]
+
+
+class Claim(Settings):
+    """One claim in one line, the quantity that would show it here, and the rule of its verdict."""
+
+    claim: str
+    shown_by: str = ""
+    rule: Rule
+
+
+class System(Settings):
+    """One publication with its claims."""
+
+    name: str
+    reference: str
+    note: str = ""
+    claims: list[Claim] = Field(min_length=1)
+
+
+class Claims(Settings):
+    """The content of config/claims.yaml."""
+
+    systems: list[System]
+
+
+class Verdict(NamedTuple):
+    """What became of a claim: the verdict, the quantity found with its range, and both in words."""
+
+    verdict: str
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+def read_claims(path: Path = CLAIMS) -> list[System]:
+    """Read the claims; raise UserError naming the place of an error."""
+    try:
+        return Claims.model_validate(read_yaml(path)).systems
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {place}: {shown(first['input'])}; {first['msg']}") from None
+
+
+def read_predicted(path: Path) -> pandas.DataFrame | None:
+    """Return the predicted costs that claims name, as written by `costs --claims`; None where there are none."""
+    if not path.exists():
+        return None
+    try:
+        predicted = pandas.read_csv(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path}: not a csv file of costs; make it again with `costs --claims`") from None
+    for name in ("model", "method", *get_args(PredictedRule.model_fields["quantity"].annotation)):
+        if name not in predicted:
+            raise UserError(f"{path}: lacks the column {name}; make it again with `costs --claims`")
+    return predicted
+
+
+def to_predict(systems: list[System]) -> dict[str, list[str]]:
+    """Return for each model the methods whose predicted costs the claims need."""
+    needed: dict[str, list[str]] = {}
+    for rule in (claim.rule for system in systems for claim in system.claims):
+        if isinstance(rule, PredictedRule):
+            methods = needed.setdefault(rule.model, [])
+            methods += [name for name in (rule.of, rule.against) if name and name not in methods]
+    return needed
+
+
+def judge(rule: Rule, scene: Scene, predicted: pandas.DataFrame | None = None) -> Verdict:
+    """Return the verdict of a rule.
+
+    `predicted` has one row per model and method; its columns are those of the table of costs.
+    """
+    if isinstance(rule, NoRule):
+        return _open(UNTESTABLE, rule.reason)
+    if isinstance(rule, PredictedRule):
+        return _judge_predicted(rule, predicted)
+    have = set(scene.runs["method"])
+    absent = [name for name in (rule.of, rule.against) if name not in have]
+    if absent:
+        return _open(UNTESTABLE, f"the study has no runs of {' and '.join(absent)}")
+    return _judge_score(rule, scene) if isinstance(rule, ScoreRule) else _judge_cost(rule, scene)
+
+
+def _open(verdict: str, reason: str) -> Verdict:
+    return Verdict(verdict, math.nan, math.nan, math.nan, reason)
+
+
+def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
+    runs = scene.runs[scene.runs["method"].isin([rule.of, rule.against])]
+    even = runs["scheme"].isin(EVEN)
+    runs = {"all": runs, "even": runs[even], "skewed": runs[~even]}[rule.partitions]
+    scores = [family for family in families(runs) if family.greater] if len(runs) else []
+    if not scores or not {rule.of, rule.against} <= set(scores[0].scores):
+        return _open(UNTESTABLE, f"the study has no cell of both with {rule.partitions} partitions")
+    differences = scores[0].differences(rule.of, rule.against)
+    found = compare_cells(differences)
+    where = f"{len(differences)} cell{'s' if len(differences) != 1 else ''}, {found.n} pairs"
+    if not math.isfinite(found.low):
+        equal = found.n > len(differences) and math.isfinite(found.difference)
+        reason = "no spread between seeds" if equal else "too few pairs for an interval"
+        if not found.n:
+            return _open(UNTESTABLE, "the study has no seed of both")
+        text = f"{found.difference:+.1f} points; {where}; {reason}"
+        return Verdict(UNDECIDED, found.difference, math.nan, math.nan, text)
+    verdict = UNDECIDED
+    if found.low >= rule.at_least:
+        verdict = SUPPORTED
+    elif found.high < rule.at_least:
+        verdict = CONTRADICTED
+    text = f"{found.difference:+.1f} points ({found.low:+.1f} to {found.high:+.1f}); {where}"
+    return Verdict(verdict, found.difference, found.low, found.high, text)
+
+
+def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
+    runs = scene.runs[scene.runs["method"].isin([rule.of, rule.against])]
+    values = runs.assign(value=runs[rule.quantity].astype(float))
+    means = values.pivot_table(index=CELL, columns="method", values="value", aggfunc="mean").dropna()
+    if not {rule.of, rule.against} <= set(means):
+        return _open(UNTESTABLE, "the study has no cell of both")
+    ratios = (means[rule.of] / means[rule.against].where(means[rule.against] > 0)).dropna()
+    if ratios.empty:
+        return _open(UNTESTABLE, f"{rule.against} has no {rule.quantity} to compare with")
+    low, middle, high = float(ratios.min()), float(ratios.median()), float(ratios.max())
+    verdict = UNDECIDED
+    if high <= rule.at_most:
+        verdict = SUPPORTED
+    elif low > rule.at_most:
+        verdict = CONTRADICTED
+    text = f"ratio {significant(middle)}"
+    text += f" ({significant(low)} to {significant(high)})" if significant(low) != significant(high) else ""
+    return Verdict(verdict, middle, low, high, f"{text}; {len(ratios)} cells")
+
+
+def _judge_predicted(rule: PredictedRule, predicted: pandas.DataFrame | None) -> Verdict:
+    if predicted is None:
+        return _open(UNDECIDED, "the costs are not predicted yet: `costs --claims`")
+    own = predicted[predicted["model"] == rule.model].set_index("method")[rule.quantity]
+    absent = [name for name in (rule.of, rule.against) if name and name not in own]
+    if absent:
+        return _open(UNTESTABLE, f"no costs of {' and '.join(absent)} on {rule.model}")
+    value = float(own[rule.of])
+    text = f"{value:,.0f}"
+    if rule.against:
+        value = value / float(own[rule.against])
+        text = f"ratio {significant(value)}"
+    verdict = SUPPORTED if value <= rule.at_most else CONTRADICTED
+    return Verdict(verdict, value, value, value, f"{text}; exact, on {rule.model}")
+
+
+def limit_text(rule: Rule, scene: Scene) -> str:
+    """Return what a rule compares with what, in words."""
+    if isinstance(rule, NoRule):
+        return "–"
+    of = scene.titles.get(rule.of, rule.of)
+    against = scene.titles.get(rule.against, rule.against) if rule.against else ""
+    if isinstance(rule, ScoreRule):
+        where = "" if rule.partitions == "all" else f", {rule.partitions} partitions"
+        return f"score of {of} minus {against}{where}: at least {rule.at_least:g} points"
+    quantity = rule.quantity.replace("turn_", "").replace("_bytes", " bytes").replace("_", " ")
+    quantity = quantity.replace("peak memory bytes", "peak memory").replace("flops", "FLOPs")
+    turn = " a turn" if "turn_" in rule.quantity else ""
+    if rule.quantity == "parameters":
+        return f"parameters of the model: at most {rule.at_most:,.0f}"
+    if not against:
+        return f"{quantity}{turn} of {of}: at most {rule.at_most:,.0f}"
+    return f"{quantity}{turn} of {of} over {against}: at most {rule.at_most:g}"
+
+
+def claims_table(
+    scene: Scene, predicted: pandas.DataFrame | None = None, path: Path = CLAIMS
+) -> Table:
+    """Every claim with its rule, what was found, and the verdict."""
+    numbers: list[dict[str, Any]] = []
+    cells = []
+    for system in read_claims(path):
+        for claim in system.claims:
+            verdict = judge(claim.rule, scene, predicted)
+            numbers.append(
+                {
+                    "system": system.name,
+                    "reference": system.reference,
+                    "claim": claim.claim,
+                    "shown_by": claim.shown_by,
+                    "rule": claim.rule.model_dump_json(),
+                    **verdict._asdict(),
+                }
+            )
+            cells.append(
+                {
+                    "System": system.name,
+                    "Claim": claim.claim,
+                    "Rule": limit_text(claim.rule, scene),
+                    "Found": verdict.text,
+                    "Verdict": verdict.verdict,
+                }
+            )
+    shown_cells = pandas.DataFrame(cells, columns=["System", "Claim", "Rule", "Found", "Verdict"])
+    counts = shown_cells["Verdict"].value_counts()
+    totals = ", ".join(
+        f"{counts.get(verdict, 0)} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE)
+    )
+    notes = [
+        f"{len(cells)} claims: {totals}. Claims are in the suite's own words; rules were fixed in config/claims.yaml "
+        "before the first run.",
+        "Differences of scores are paired by seed within each cell (task × partition), with the 95% interval of a "
+        "t-test over cells and seeds: supported if it lies at or above the margin, contradicted if below, else "
+        "undecided. Ratios of costs: supported if within the limit in every cell, contradicted if in none. Exact: "
+        "predicted costs of a turn, equal to the byte to those of a run. Even partitions are IID; all others are "
+        "skewed. A verdict holds for the models and data of this study and not for those of the paper.",
+        *(f"{system.name}: {system.note}" for system in read_claims(path) if system.note),
+        *scene.notes(),
+    ]
+    return Table(
+        "claims",
+        "What the papers claim, and what is found here",
+        pandas.DataFrame(numbers),
+        shown_cells,
+        numpy.zeros(shown_cells.shape, dtype=bool),
+        1,
+        notes,
+    )

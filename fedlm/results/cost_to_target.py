@@ -1,0 +1,135 @@
+"""What it costs to come near the score of centralised training: bytes, compute, memory, and seconds on devices."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import pandas
+
+from fedlm.results.cells import CELL
+from fedlm.results.devices import Devices, seconds_so_far
+from fedlm.results.scene import Scene
+from fedlm.results.typeset import Table, significant
+
+TARGETS = (0.90, 0.97)  # of the centralised score
+KEYS = [*CELL, "method", "seed"]
+
+
+def centralised_scores(scene: Scene) -> dict[tuple[str, str], float]:
+    """Return the mean validation score of centralised training after its last round, by task and partition.
+
+    It has all examples whatever the partition, so one that it was run on serves for the others of its task.
+    """
+    own = scene.runs[scene.runs["method_name"] == "centralized"]
+    by_cell = own.groupby(CELL, observed=True)["validation_score"].mean().to_dict()
+    by_task = own.groupby("task", observed=True)["validation_score"].mean().to_dict()
+    return {
+        (task, partition): by_cell.get((task, partition), by_task.get(task, math.nan))
+        for task in scene.tasks
+        for partition in scene.partitions
+    }
+
+
+def first_rounds(scene: Scene, rounds: pandas.DataFrame, share: float) -> pandas.DataFrame:
+    """Return each run's first round whose validation score is within reach of the centralised one.
+
+    The target is `share` of the centralised score or, where lower is better, the score divided by it. The result
+    has a row for each run, with the columns of `rounds`; these are NaN where the target is never reached.
+    """
+    scores = centralised_scores(scene)
+    greater = scene.runs.groupby("task", observed=True)["greater_is_better"].first().astype(bool).to_dict()
+    runs = scene.runs[scene.runs["method_name"] != "centralized"][KEYS]
+    some = rounds.merge(runs, on=KEYS)
+    score = numpy.array([scores[cell] for cell in zip(some["task"], some["partition"], strict=True)], float)
+    better = some["task"].map(greater).to_numpy(dtype=bool)
+    values = some["validation_score"].to_numpy(dtype=float)
+    reached = numpy.where(better, values >= share * score, values <= score / share)
+    first = some[reached].sort_values([*KEYS, "round"]).drop_duplicates(KEYS)
+    return runs.merge(first, on=KEYS, how="left")
+
+
+def cost_to_target_table(
+    scene: Scene,
+    rounds: pandas.DataFrame,
+    devices: Devices | None = None,
+    cohorts: Mapping[tuple[str, str], float] | None = None,
+) -> Table:
+    """Costs up to the first round within reach of the centralised score, for each task, partition and method.
+
+    `cohorts` is as in `seconds_so_far`; without it there are no seconds.
+    """
+    columns = devices.columns() if devices and cohorts else {}
+    rounds = rounds.astype(dict.fromkeys(KEYS[:3], object))
+    for name, (device, link) in columns.items():
+        rounds[name] = seconds_so_far(rounds, scene.runs, cohorts or {}, device, link)
+    quantities = {
+        "round": ("Rounds", 1.0),
+        "upload_bytes": ("Sent up (MB)", 1e6),
+        "download_bytes": ("Sent down (MB)", 1e6),
+        "flops": ("Compute (TFLOP)", 1e12),
+        "peak_memory_bytes": ("Peak memory (MiB)", 2**20),
+        **{name: (name, 1.0) for name in columns},
+    }
+    scores = centralised_scores(scene)
+    memory = scene.runs[[*KEYS, "peak_memory_bytes"]]
+    found = {
+        share: dict(list(first.merge(memory, on=KEYS).groupby([*CELL, "method"], observed=True)))
+        for share in TARGETS
+        for first in [first_rounds(scene, rounds, share)]
+    }
+    numbers: list[dict[str, Any]] = []
+    cells = []
+    for task, partition, method, runs, _ in scene.cells():
+        score = scores[task, partition]
+        if runs.empty or runs["method_name"].iloc[0] == "centralized" or not math.isfinite(score):
+            continue
+        for share in TARGETS:
+            own = found[share][task, partition, method]
+            reached = own["round"].notna()
+            number: dict[str, Any] = {
+                **{"task": task, "partition": partition, "method": method},
+                **{"title": scene.titles[method], "control": method in scene.controls},
+                **{"target": share, "centralised_score": score},
+                **{"reached": int(reached.sum()), "seeds": len(own)},
+            }
+            cell = {"Task": task, "Partition": partition, "Method": scene.title(method)}
+            cell |= {"Target": f"{share:.0%}", "Reached": f"{reached.sum()} of {len(own)}"}
+            for column, (heading, unit) in quantities.items():
+                known = own[column].astype(float)
+                # A seed that never gets there counts as infinitely dear, so that it cannot improve the median.
+                typical = float(known.where(reached, math.inf).median()) if known[reached].notna().all() else math.nan
+                number[column] = typical if math.isfinite(typical) else math.nan
+                text = f"{typical:g}" if column == "round" else significant(typical / unit)
+                cell[heading] = "never" if typical == math.inf else text
+            numbers.append(number)
+            cells.append(cell)
+    headings = ["Task", "Partition", "Method", "Target", "Reached"]
+    headings += [heading for heading, _ in quantities.values()]
+    shown = pandas.DataFrame(cells, columns=headings)
+    notes = [
+        "Up to the first round whose validation score is at least 90% (97%) of that of centralised training after "
+        "its last round; where lower is better, at most that score divided by 0.9 (0.97). Median over seeds, in "
+        "which a seed that never gets there counts as infinite: never means that half of the seeds, or more, do "
+        "not. Bytes and compute are sums over all clients, without the first broadcast; 0 rounds: the "
+        "untrained model is within reach. Peak memory is that of the run.",
+    ]
+    if columns:
+        places = "; ".join(
+            f"{device.title}, {device.training_gflops.value:g} GFLOP/s, {link.title}, {link.down_mbit.value:g} down "
+            f"and {link.up_mbit.value:g} Mbit/s up"
+            for device, link in columns.values()
+        )
+        notes.append(
+            f"Seconds if every client had this device and link ({places}; sources in config/devices.yaml): a cohort "
+            "takes as long as its slowest client, and clients that take turns add up."
+        )
+    return Table(
+        "cost_to_target",
+        "What it costs to come near centralised training",
+        pandas.DataFrame(numbers),
+        shown,
+        numpy.zeros(shown.shape, dtype=bool),
+        3,
+        [*notes, *scene.notes()],
+    )

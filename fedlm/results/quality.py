@@ -1,0 +1,226 @@
+"""Quality control: what a reader should know before trusting the tables, each row with the rule that raised it."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy
+import pandas
+
+from fedlm.results.cells import CELL
+from fedlm.results.scene import Scene
+from fedlm.results.typeset import Table, significant
+
+LAST_PART = 0.75  # of the rounds: from there to the end a curve is to be flat
+FLAT, OUTSIDE, FAR = 1.0, 1.0, 5.0  # points, or percent where lower is better
+LOWER_CONTROLS = ("majority", "head_only")
+UPPER_CONTROL = "centralized"
+
+
+class Finding(NamedTuple):
+    """Something that a rule found: where, how much, and in words."""
+
+    task: str
+    partition: str
+    method: str
+    value: float
+    text: str
+
+
+class Rule(NamedTuple):
+    """A rule, what it says, and what it found among how many."""
+
+    name: str
+    says: str
+    checked: int
+    found: list[Finding]
+
+
+def distance(value: float, other: float, greater: bool) -> float:
+    """Return how much better the first of two scores is: in points, or in percent where lower is better."""
+    if greater:
+        return (value - other) * 100
+    return (other - value) / other * 100 if other else math.nan
+
+
+def quality_table(
+    scene: Scene,
+    rounds: pandas.DataFrame,
+    trials: pandas.DataFrame | None = None,
+    choices: Sequence[dict[str, Any]] = (),
+) -> Table:
+    """All rules, each with what it found.
+
+    `trials` and `choices` are those of a study with tuning; without them its rules are left out.
+    """
+    rules = [
+        _missing(scene),
+        _not_flat(scene, rounds),
+        *_outside(scene),
+        _far(scene),
+        _changed(scene),
+        *([_at_edge(choices), _failed(trials)] if trials is not None else []),
+    ]
+    numbers, cells = [], []
+    for rule in rules:
+        for one in rule.found or [Finding("", "", "", math.nan, f"holds for all {rule.checked}")]:
+            raised = bool(rule.found)
+            numbers.append({"rule": rule.name, "says": rule.says, "raised": raised, **one._asdict()})
+            method = scene.title(one.method) if one.method in scene.titles else one.method
+            cells.append([rule.name, one.task or "–", one.partition or "–", method or "–", one.text])
+    columns = ["Rule", "Task", "Partition", "Method", "Found"]
+    shown = pandas.DataFrame(cells, columns=columns)
+    notes = [
+        *(f"{rule.name}: {rule.says}" for rule in rules),
+        "Points are scores times 100; where lower is better, percent of the score stand for points. Scores are means "
+        "over seeds.",
+        *scene.notes(),
+    ]
+    return Table(
+        "quality",
+        "Quality control",
+        pandas.DataFrame(numbers),
+        shown,
+        numpy.zeros(shown.shape, dtype=bool),
+        1,
+        notes,
+    )
+
+
+def _cells(scene: Scene) -> Iterator[tuple[str, str, str, pandas.DataFrame, bool]]:
+    """Yield task, partition, method, runs and whether greater is better, of each that has runs."""
+    for task, partition, method, runs, _ in scene.cells():
+        if len(runs):
+            yield task, partition, method, runs, bool(runs["greater_is_better"].iloc[0])
+
+
+def _missing(scene: Scene) -> Rule:
+    by_cell: dict[tuple[str, str, str], list[int]] = {}
+    for run in scene.absent:
+        by_cell.setdefault(run[:3], []).append(run.seed)
+    found = [
+        Finding(*labels, float(len(seeds)), f"seeds {', '.join(map(str, seeds))} missing")
+        for labels, seeds in by_cell.items()
+    ]
+    says = "every run that the study asks for has a record."
+    return Rule("complete", says, len(scene.expected) or len(scene.runs), found)
+
+
+def _not_flat(scene: Scene, rounds: pandas.DataFrame) -> Rule:
+    keys = [*CELL, "method"]
+    scored = rounds[rounds["validation_score"].notna()].astype(dict.fromkeys(keys, object))
+    curves = {
+        labels: own.groupby("round")["validation_score"].mean()
+        for labels, own in scored.merge(scene.runs[[*keys, "seed"]], on=[*keys, "seed"]).groupby(keys)
+    }
+    found, checked = [], 0
+    for task, partition, method, _, greater in _cells(scene):
+        checked += 1
+        curve = curves.get((task, partition, method), pandas.Series(dtype=float))
+        last = curve.index[-1] if len(curve) else 0
+        # Round 0 is the untrained model.
+        before = curve[(curve.index <= LAST_PART * last) & (curve.index > 0)]
+        if before.empty or last < 4:
+            found.append(Finding(task, partition, method, math.nan, "too few scored rounds to tell"))
+            continue
+        change = distance(curve.iloc[-1], before.iloc[-1], greater)
+        if abs(change) > FLAT:
+            verb = "gains" if change > 0 else "loses"
+            text = f"{verb} {significant(abs(change))} points from round {before.index[-1]} to {last}"
+            found.append(Finding(task, partition, method, change, text))
+    says = (
+        f"a mean validation curve changes by at most {FLAT:g} point over the last quarter of its rounds; needs four "
+        "rounds and a score before the last quarter."
+    )
+    return Rule("curve is flat", says, checked, found)
+
+
+def _outside(scene: Scene) -> list[Rule]:
+    """Compare each competitor with the controls of its cell, or of its task if they have another partition only."""
+    names = dict(zip(scene.runs["method"], scene.runs["method_name"], strict=True))
+    means = {
+        (task, partition, method): (runs["test_score"].mean(), greater)
+        for task, partition, method, runs, greater in _cells(scene)
+    }
+
+    def score_of(control: str, task: str, partition: str) -> float:
+        own = {
+            labels: value
+            for labels, (value, _) in means.items()
+            if labels[0] == task and names.get(labels[2]) == control
+        }
+        here = [value for labels, value in own.items() if labels[1] == partition]
+        return float(numpy.mean(here or list(own.values()))) if own else math.nan
+
+    below, above = [], []
+    competitors = [labels for labels in means if labels[2] not in scene.controls]
+    for task, partition, method in competitors:
+        value, greater = means[task, partition, method]
+        for control in LOWER_CONTROLS:
+            gap = distance(value, score_of(control, task, partition), greater)
+            if gap < -OUTSIDE:
+                text = f"{significant(-gap)} points below {control}"
+                below.append(Finding(task, partition, method, gap, text))
+        gap = distance(value, score_of(UPPER_CONTROL, task, partition), greater)
+        if gap > OUTSIDE:
+            text = f"{significant(gap)} points above {UPPER_CONTROL}"
+            above.append(Finding(task, partition, method, gap, text))
+    rules = []
+    have = set(names.values())
+    lower = [control for control in LOWER_CONTROLS if control in have]
+    if lower:
+        says = f"no competitor's test score is more than {OUTSIDE:g} point below that of {' or '.join(lower)}."
+        rules.append(Rule("above its controls", says, len(competitors), below))
+    if UPPER_CONTROL in have:
+        says = f"no competitor's test score is more than {OUTSIDE:g} point above that of {UPPER_CONTROL}."
+        rules.append(Rule("below its control", says, len(competitors), above))
+    return rules
+
+
+def _far(scene: Scene) -> Rule:
+    found, checked = [], 0
+    for task, partition, method, runs, greater in _cells(scene):
+        checked += 1
+        gap = distance(runs["validation_score"].mean(), runs["test_score"].mean(), greater)
+        if abs(gap) > FAR:
+            text = f"validation {significant(abs(gap))} points {'above' if gap > 0 else 'below'} test"
+            found.append(Finding(task, partition, method, gap, text))
+    says = f"validation and test score differ by at most {FAR:g} points."
+    return Rule("validation near test", says, checked, found)
+
+
+def _changed(scene: Scene) -> Rule:
+    found = [
+        Finding(task, partition, method, float(runs["dirty"].sum()), f"{runs['dirty'].sum()} of {len(runs)} runs")
+        for task, partition, method, runs, _ in _cells(scene)
+        if runs["dirty"].any()
+    ]
+    return Rule("committed code", "every record was made by code as it was committed.", len(scene.runs), found)
+
+
+def _at_edge(choices: Sequence[dict[str, Any]]) -> Rule:
+    found = [
+        Finding(
+            choice["task"],
+            choice["partition"],
+            choice["method"],
+            float(len(choice["at_edge"])),
+            "; ".join(f"{key} {json.dumps(choice['chosen'][key])} is the outermost tried" for key in choice["at_edge"]),
+        )
+        for choice in choices
+        if choice["at_edge"]
+    ]
+    says = "no setting that the tuning chose is the lowest or highest of those tried."
+    return Rule("winner inside its space", says, len(choices), found)
+
+
+def _failed(trials: pandas.DataFrame) -> Rule:
+    found = []
+    for (task, partition, method), own in trials.groupby([*CELL, "method"], sort=False):
+        failed = own[own["status"] != "finished"]
+        if len(failed):
+            numbers = ", ".join(map(str, failed["trial"]))
+            text = f"{len(failed)} of {len(own)}: trials {numbers}"
+            found.append(Finding(task, partition, method, float(len(failed)), text))
+    return Rule("trials finished", "no trial of the tuning failed.", len(trials), found)

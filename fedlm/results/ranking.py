@@ -1,0 +1,144 @@
+"""The ranking over all tasks and partitions, and which methods can be told apart."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy
+import pandas
+
+from fedlm.results.cells import CELL, points
+from fedlm.results.scene import Scene
+from fedlm.results.statistics import Comparison, compare_cells, groups, holm, interquartile_mean
+from fedlm.results.typeset import Table, significant
+
+LEVEL = 0.05  # of the adjusted p below which two methods differ
+
+
+class Family(NamedTuple):
+    """The runs whose scores can be averaged: all scores in points, or one metric that is better when lower."""
+
+    name: str  # "score", or the metric
+    greater: bool
+    scores: pandas.DataFrame  # (cell and seed) x method; NaN where a run is missing
+
+    def cells(self) -> int:
+        """Return the number of cells."""
+        return self.scores.groupby(level=CELL).ngroups
+
+    def of(self, method: str) -> list[numpy.ndarray]:
+        """Return the scores of a method, an array for each cell that it has."""
+        own = self.scores[method].dropna()
+        return [cell.to_numpy() for _, cell in own.groupby(level=CELL, sort=False)]
+
+    def differences(self, method: str, other: str) -> list[numpy.ndarray]:
+        """Return the first method's scores minus the second's, for each cell that has a pair."""
+        both = (self.scores[method] - self.scores[other]).dropna()
+        return [cell.to_numpy() for _, cell in both.groupby(level=CELL, sort=False)]
+
+
+def families(runs: pandas.DataFrame) -> list[Family]:
+    """Return the families of scores among the runs, that of points first."""
+    names = runs["metric"].where(~runs["greater_is_better"].astype(bool), "score")
+    found = []
+    for name in sorted(names.unique(), key=lambda name: (name != "score", name)):
+        own, greater = runs[names == name], name == "score"
+        scores = own.pivot(index=[*CELL, "seed"], columns="method", values="test_score")
+        found.append(Family(name, greater, points(scores, greater)))
+    return found
+
+
+def compare_all(family: Family, methods: Sequence[str]) -> dict[tuple[str, str], tuple[Comparison, float]]:
+    """Return each pair's comparison over cells and seeds, and its p adjusted for all pairs (Holm)."""
+    pairs = list(combinations(methods, 2))
+    found = [compare_cells(family.differences(*pair)) for pair in pairs]
+    adjusted = holm([one.p for one in found])
+    return {
+        pair: (one, value) for pair, one, value in zip(pairs, found, adjusted, strict=True)
+    }
+
+
+def ranking_table(scene: Scene) -> Table:
+    """Interquartile mean of all scores of a method with its interval, mean rank, and groups of equals."""
+    numbers: list[dict[str, Any]] = []
+    cells, marks = [], []
+    for family in families(scene.runs):
+        every = family.cells()
+        own = [method for method in scene.methods if method in family.scores]
+        complete = {method for method in own if len(family.of(method)) == every}
+        ranked = [method for method in own if method in complete and method not in scene.controls]
+        estimates = {method: interquartile_mean(family.of(method)) for method in own}
+
+        def order(method: str, values: dict = estimates, sign: int = -1 if family.greater else 1) -> float:
+            return sign * values[method].value
+
+        own.sort(key=lambda method: (method not in complete, order(method)))
+        ranked.sort(key=order)
+        compared = compare_all(family, ranked)
+        different = [pair for pair, (_, p) in compared.items() if p < LEVEL]
+        letters = groups(ranked, different)
+        ranks = family.scores[ranked].dropna().rank(axis=1, ascending=not family.greater).mean()
+        write = (lambda value: f"{value:.1f}") if family.greater else significant
+        for method in own:
+            estimate, runs = estimates[method], family.scores[method].dropna()
+            group = letters.get(method, "")
+            numbers.append(
+                {
+                    "family": family.name,
+                    "method": method,
+                    "title": scene.titles[method],
+                    "control": method in scene.controls,
+                    "interquartile_mean": estimate.value,
+                    "low": estimate.low,
+                    "high": estimate.high,
+                    "mean": runs.mean(),
+                    "mean_rank": ranks.get(method, math.nan),
+                    "group": group,
+                    "cells": len(family.of(method)),
+                    "cells_of_all": every,
+                    "runs": len(runs),
+                }
+            )
+            known = math.isfinite(estimate.low)
+            rank = numbers[-1]["mean_rank"]
+            cells.append(
+                {
+                    "Measure": "score, points" if family.greater else f"{family.name}, lower is better",
+                    "Method": scene.title(method),
+                    "Interquartile mean": write(estimate.value),
+                    "95% interval": f"{write(estimate.low)} to {write(estimate.high)}" if known else "–",
+                    "Mean": write(numbers[-1]["mean"]),
+                    "Mean rank": f"{rank:.2f}" if math.isfinite(rank) else "–",
+                    "Group": group or "–",
+                    "Cells": f"{numbers[-1]['cells']} of {every}",
+                    "Runs": str(len(runs)),
+                }
+            )
+            # The best, and what cannot be told from it; where that is all of them, there is no best.
+            best = bool(different) and "a" in group
+            marks.append([column == "Interquartile mean" for column in cells[-1]] if best else [False] * 9)
+    notes = [
+        "Over all cells (task × partition) of a method, in points (score times 100) where greater is better; "
+        "the best first. The interval is a stratified bootstrap over seeds, 2,000 draws; it is given where each "
+        "cell has four seeds.",
+        "Competitors that share a letter cannot be told apart: differences paired by seed within each cell, "
+        "t-test over cells and seeds, p adjusted for all pairs (Holm), level 0.05. They hold for these cells. "
+        "Bold: the best and what cannot be told from it, unless that is all. Mean rank: among the competitors "
+        "with all cells, over the cells and seeds that all of them have. Methods with different cells cannot be "
+        "compared.",
+        *scene.notes(),
+    ]
+    columns = [
+        *("Measure", "Method", "Interquartile mean", "95% interval", "Mean", "Mean rank", "Group"),
+        *("Cells", "Runs"),
+    ]
+    return Table(
+        "ranking",
+        "Scores over all tasks and partitions",
+        pandas.DataFrame(numbers),
+        pandas.DataFrame(cells, columns=columns),
+        numpy.array(marks, dtype=bool).reshape(len(marks), len(columns)),
+        1,
+        notes,
+    )

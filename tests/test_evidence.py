@@ -1,0 +1,696 @@
+"""Ranking, profiles, cost to target, quality control, tuning, claims: all follow from the records."""
+
+import itertools
+import json
+import math
+
+import numpy
+import pandas
+import pytest
+import scipy.stats
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import TITLES, synthetic_record, synthetic_trials, write_study
+
+from fedlm.base.errors import UserError
+from fedlm.results import (
+    claims,
+    cost_to_target,
+    drawing,
+    profiles,
+    quality,
+    records,
+    statistics,
+    tables,
+    tuning,
+)
+from fedlm.results.claims import CLAIMS, judge, read_claims, to_predict
+from fedlm.results.contents import Contents, cohorts
+from fedlm.results.devices import read_devices
+from fedlm.results.ranking import compare_all, families, ranking_table
+from fedlm.results.scene import Scene
+from fedlm.study import reading
+
+TASKS = ("bbc_news", "movie_reviews")
+METHODS = ("fedavg", "fedcybgd", "fedlora", "centralized", "head_only")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Runs and rounds of a small study, and its scene."""
+    folder = tmp_path_factory.mktemp("study")
+    partitions = ("iid", "dirichlet_0.1")
+    paths, _, expected = write_study(folder, TASKS, partitions, METHODS, (1, 2, 3, 4, 5), rounds=8)
+    records.collect(paths, folder / "rounds.parquet", folder / "runs.parquet")
+    runs, rounds = records.load_runs(folder / "runs.parquet"), records.load_rounds(folder / "rounds.parquet")
+    return runs, rounds, Scene.make(runs, expected, TITLES)
+
+
+def changed(scene, where, column, value):
+    """Return the scene with another value in the rows of the runs that `where` selects."""
+    runs = scene.runs.copy()
+    runs.loc[where(runs), column] = value
+    return scene._replace(runs=runs)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Statistics.
+
+
+def test_one_cell_is_the_paired_t_test():
+    ours, theirs = numpy.array([0.7, 0.8, 0.75, 0.9]), numpy.array([0.6, 0.75, 0.76, 0.7])
+    assert statistics.compare_cells([ours - theirs]) == pytest.approx(statistics.compare(ours, theirs))
+
+
+def test_several_cells_hold_whatever_the_cells_differ_by():
+    """The variance is that between the seeds of a cell; how much the cells differ does not count."""
+    noise = [numpy.array([-1.0, 0.0, 1.0, 0.5, -0.5]) * scale for scale in (1.0, 0.5, 2.0)]
+    near = statistics.compare_cells([10 + cell for cell in noise])
+    apart = statistics.compare_cells([shift + cell for shift, cell in zip((0, 10, 20), noise, strict=True)])
+    assert apart == pytest.approx(near)
+    assert near.n == 15 and near.difference == pytest.approx(10)
+    # Cells of equal variance are the two-sample case with known degrees of freedom: n - cells.
+    equal = statistics.compare_cells([shift + noise[0] for shift in (0, 10, 20)])
+    error = noise[0].std(ddof=1) / math.sqrt(5) / math.sqrt(3)
+    assert equal.p == pytest.approx(2 * scipy.stats.t.sf(10 / error, 12))
+    assert equal.high - 10 == pytest.approx(scipy.stats.t.ppf(0.975, 12) * error)
+
+
+def test_its_interval_covers_the_truth_about_as_often_as_it_says():
+    generator, hits = numpy.random.default_rng(0), 0
+    for _ in range(400):
+        cells = [generator.normal(mean, scale, 5) for mean, scale in ((0, 1), (3, 2), (-3, 0.5))]
+        found = statistics.compare_cells(cells)
+        hits += found.low <= 0 <= found.high
+    assert 365 <= hits <= 395
+
+
+@pytest.mark.parametrize("cells", [[], [numpy.array([1.0])], [numpy.array([1.0, 2.0]), numpy.array([3.0])],
+                                   [numpy.array([1.0, 1.0]), numpy.array([2.0, 2.0])]])  # fmt: skip
+def test_without_pairs_or_spread_nothing_is_claimed(cells):
+    found = statistics.compare_cells(cells)
+    assert math.isnan(found.p) and math.isnan(found.low) and found.n == sum(map(len, cells))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_as_the_stepwise_procedure_does(values):
+    adjusted = statistics.holm(values)
+    rejected = set()
+    for step, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        if values[place] * (len(values) - step) >= 0.05:
+            break
+        rejected.add(place)
+    assert {place for place, value in enumerate(adjusted) if value < 0.05} == rejected
+    assert all(p <= q <= 1 for p, q in zip(values, adjusted, strict=True))
+
+
+def test_holm_leaves_out_what_is_not_known():
+    adjusted = statistics.holm([0.01, math.nan, 0.04])
+    assert (
+        adjusted[0] == pytest.approx(0.02) and math.isnan(adjusted[1]) and adjusted[2] == pytest.approx(0.04)
+    )
+
+
+NAMES = list("abcdefg")
+PAIRS = list(itertools.combinations(NAMES, 2))
+
+
+@given(st.sets(st.sampled_from(PAIRS)))
+def test_letters_are_shared_by_exactly_those_that_do_not_differ(different):
+    letters = statistics.groups(NAMES, different)
+    for first, second in PAIRS:
+        assert bool(set(letters[first]) & set(letters[second])) == ((first, second) not in different)
+    assert letters["a"].startswith("a")
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=7))
+def test_expected_best_is_the_mean_over_all_draws(scores):
+    found = statistics.expected_best(scores)
+    for number, value in enumerate(found, start=1):
+        draws = [max(draw) for draw in itertools.combinations(scores, number)]
+        assert value == pytest.approx(sum(draws) / len(draws), abs=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ranking and profiles.
+
+
+def test_the_ranking_has_intervals_ranks_and_groups(study):
+    runs, _, scene = study
+    table = ranking_table(scene).numbers.set_index("method")
+    own = runs[runs["method"] == "fedavg"]["test_score"] * 100
+    assert table.loc["fedavg", "interquartile_mean"] == pytest.approx(scipy.stats.trim_mean(own, 0.25))
+    assert (
+        table.loc["fedavg", "low"] < table.loc["fedavg", "interquartile_mean"] < table.loc["fedavg", "high"]
+    )
+    assert table["mean_rank"].dropna().mean() == pytest.approx(2)  # of three competitors
+    assert table.index[table["group"] == ""].tolist() == ["centralized", "head_only"]
+    assert table.loc["fedavg", "group"] == "a"
+    competitors = table[~table["control"]]["interquartile_mean"]
+    assert competitors.is_monotonic_decreasing
+
+
+def test_a_method_and_its_copy_share_a_letter_and_rank(study):
+    _, _, scene = study
+    own = scene.runs[scene.runs["method"] == "fedavg"]
+    twin = own.assign(method="twin", method_name="fedavg")
+    # The same scores but for a little noise without a direction.
+    signs = numpy.where(twin["seed"] % 2 == 0, 1, -1) * numpy.where(twin["partition"] == "iid", 1, -1)
+    twin["test_score"] += 1e-4 * signs
+    both = scene._replace(
+        runs=pandas.concat([scene.runs, twin], ignore_index=True),
+        methods=[*scene.methods, "twin"],
+        titles={**scene.titles, "twin": "Twin"},
+    )
+    table = ranking_table(both)
+    numbers = table.numbers.set_index("method")
+    assert numbers.loc["twin", "group"] == numbers.loc["fedavg", "group"] == "a"
+    bold = table.cells["Method"][table.best.any(axis=1)]
+    assert set(bold) == {"FedAvg", "Twin"}
+
+
+def test_with_two_seeds_there_is_no_interval_and_no_best(study):
+    _, _, scene = study
+    few = scene._replace(runs=scene.runs[scene.runs["seed"] == 1], expected=[], absent=[])
+    table = ranking_table(few)
+    assert (table.cells["95% interval"] == "–").all() and not table.best.any()
+    assert set(table.numbers["group"][~table.numbers["control"]]) == {"a"}
+    two = scene._replace(runs=scene.runs[scene.runs["seed"] <= 3])
+    assert (ranking_table(two).cells["95% interval"] == "–").all()
+
+
+def test_a_method_that_lacks_a_cell_is_neither_ranked_nor_grouped(study):
+    _, _, scene = study
+    lacks = (
+        (scene.runs["method"] == "fedlora")
+        & (scene.runs["task"] == "bbc_news")
+        & (scene.runs["partition"] == "iid")
+    )
+    table = ranking_table(scene._replace(runs=scene.runs[~lacks])).numbers.set_index("method")
+    assert table.loc["fedlora", "cells"] == 3 and table.loc["fedlora", "group"] == ""
+    assert math.isnan(table.loc["fedlora", "mean_rank"]) and table.index[-1] == "fedlora"
+
+
+def test_all_pairs_are_compared_once_and_adjusted(study):
+    _, _, scene = study
+    (family,) = families(scene.runs)
+    found = compare_all(family, ["fedavg", "fedcybgd", "fedlora"])
+    assert list(found) == [("fedavg", "fedcybgd"), ("fedavg", "fedlora"), ("fedcybgd", "fedlora")]
+    assert all(one.n == 20 and p >= one.p for one, p in found.values())
+
+
+def test_scores_and_perplexities_are_ranked_apart(study):
+    runs, _, scene = study
+    talk = runs[runs["task"] == "bbc_news"].assign(task="talk", metric="perplexity", greater_is_better=False)
+    talk["test_score"] = 40 - 30 * talk["test_score"]
+    both = scene._replace(runs=pandas.concat([runs, talk], ignore_index=True), tasks=[*TASKS, "talk"])
+    table = ranking_table(both)
+    assert table.cells["Measure"].unique().tolist() == ["score, points", "perplexity, lower is better"]
+    own = table.numbers[table.numbers["family"] == "perplexity"]
+    first = own[~own["control"]].iloc[0]
+    assert first["interquartile_mean"] == own[~own["control"]]["interquartile_mean"].min()
+    # Points below the best are not defined for them.
+    assert len(profiles.gaps(both)) == 4
+
+
+def test_profiles_count_cells(study):
+    runs, _, scene = study
+    below = profiles.gaps(scene)
+    assert list(below) == ["fedavg", "fedcybgd", "fedlora"] and len(below) == 4
+    means = runs.groupby(["task", "partition", "method"])["test_score"].mean() * 100
+    cell = means["bbc_news", "dirichlet_0.1"][["fedavg", "fedcybgd", "fedlora"]]
+    assert below.loc["bbc_news", "dirichlet_0.1"].tolist() == pytest.approx((cell.max() - cell).tolist())
+    assert (profiles.shares(below, 0).sum()) >= 1
+    assert (profiles.shares(below, 100) == 1).all()
+    numbers = profiles.profiles_table(scene).numbers
+    assert numbers.groupby("method")["share"].apply(lambda share: share.is_monotonic_increasing).all()
+
+
+def test_a_cell_without_a_run_is_not_within_any_distance(study):
+    _, _, scene = study
+    gone = (scene.runs["method"] == "fedlora") & (scene.runs["partition"] == "iid")
+    below = profiles.gaps(scene._replace(runs=scene.runs[~gone]))
+    assert profiles.shares(below, 1000)["fedlora"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Cost to target.
+
+
+def test_cost_to_target_is_that_of_the_first_round_within_reach(study):
+    runs, rounds, scene = study
+    shares = {(task, method): 1 / 8 for task in TASKS for method in METHODS}
+    table = cost_to_target.cost_to_target_table(scene, rounds, read_devices(), shares)
+    numbers = table.numbers.set_index(["task", "partition", "method", "target"])
+    labels = ("bbc_news", "iid", "fedavg")
+    own = rounds[(rounds[["task", "partition", "method"]] == labels).all(axis=1)]
+    top = runs[
+        (runs["task"] == "bbc_news") & (runs["partition"] == "iid") & (runs["method"] == "centralized")
+    ]
+    target = 0.97 * top["validation_score"].mean()
+    firsts = [some[some["validation_score"] >= target].iloc[0] for _, some in own.groupby("seed")]
+    row = numbers.loc[(*labels, 0.97)]
+    assert row["reached"] == row["seeds"] == 5
+    for column in ("round", "upload_bytes", "download_bytes", "flops"):
+        assert row[column] == numpy.median([first[column] for first in firsts])
+    # 90% is reached no later than 97%.
+    nearer = numbers.xs(0.90, level="target")
+    assert (nearer["reached"] >= numbers.xs(0.97, level="target")["reached"]).all()
+    name = "seconds_on(phone_midrange, 5g)"
+    assert row[name] == pytest.approx(row["round"] * (900e9 / 3.2e9 + 90.9e6 * 8 / 20e6 + 90.9e6 * 8 / 207e6))
+    assert "centralized" not in set(table.numbers["method"])
+
+
+def test_never_is_an_answer_and_is_counted(study):
+    """A seed that never gets there counts as infinitely dear, so it cannot make a method look cheaper."""
+    _, rounds, scene = study
+
+    def row(failing):
+        late = rounds.assign(validation_score=0.1 + 0.9 * (rounds["round"] >= rounds["seed"]))
+        late.loc[late["seed"] > 5 - failing, "validation_score"] = 0.1
+        table = cost_to_target.cost_to_target_table(scene, late)
+        assert not any(name.startswith("seconds_on") for name in table.numbers)
+        own = table.cells[(table.cells["Method"] == "FedLoRA") & (table.cells["Target"] == "90%")]
+        return own.iloc[0]
+
+    scene = changed(scene, lambda runs: runs["seed"] > 0, "validation_score", 1.0)
+    # The seeds need 1, 2, ... 5 rounds.
+    assert row(0)[["Reached", "Rounds"]].tolist() == ["5 of 5", "3"]
+    assert row(2)[["Reached", "Rounds"]].tolist() == ["3 of 5", "3"]
+    assert (
+        row(3)[["Reached", "Rounds", "Sent up (MB)", "Peak memory (MiB)"]].tolist()
+        == ["2 of 5"] + ["never"] * 3
+    )
+
+
+def test_one_partition_of_the_centralised_run_serves_for_all_of_its_task(study):
+    _, _, scene = study
+    only = scene.runs[(scene.runs["method"] != "centralized") | (scene.runs["partition"] == "iid")]
+    scores = cost_to_target.centralised_scores(scene._replace(runs=only))
+    assert scores["bbc_news", "dirichlet_0.1"] == scores["bbc_news", "iid"] != scores["movie_reviews", "iid"]
+
+
+def test_where_lower_is_better_the_target_lies_above(study):
+    runs, rounds, scene = study
+    worse = runs.assign(greater_is_better=False, metric="perplexity", validation_score=10.0)
+    curves = rounds.assign(validation_score=numpy.where(rounds["round"] < 3, 20.0, 11.0))
+    first = cost_to_target.first_rounds(scene._replace(runs=worse), curves, 0.90)
+    assert (first["round"] == 3).all()
+    assert cost_to_target.first_rounds(scene._replace(runs=worse), curves, 0.97)["round"].isna().all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Quality control.
+
+
+def raised(scene, rounds, rule, **more):
+    """Return what a rule found, as (task, partition, method, text)."""
+    table = quality.quality_table(scene, rounds, **more).numbers
+    assert rule in set(table["rule"]) and (table["says"] != "").all()
+    own = table[(table["rule"] == rule) & table["raised"]]
+    return own[["task", "partition", "method", "text"]].to_numpy().tolist()
+
+
+def flat(rounds):
+    return rounds.assign(validation_score=0.5 + 0.4 * (rounds["round"] > 3))
+
+
+def test_a_study_without_faults_passes_every_rule_and_says_so(study):
+    _, rounds, scene = study
+    table = quality.quality_table(scene, flat(rounds))
+    assert not table.numbers["raised"].any()
+    assert table.cells["Found"].str.startswith("holds for all").all()
+    assert list(table.cells["Rule"]) == [
+        *("complete", "curve is flat", "above its controls", "below its control"),
+        *("validation near test", "committed code"),
+    ]
+
+
+def test_each_rule_finds_its_fault(study):
+    runs, rounds, scene = study
+    rounds = flat(rounds)
+
+    def lora(frame):
+        return (frame["method"] == "fedlora") & (frame["partition"] == "iid") & (frame["task"] == "bbc_news")
+
+    place = ["bbc_news", "iid", "fedlora"]
+    gone = scene._replace(absent=[run for run in scene.expected if [*run[:3]] == place][:2])
+    assert raised(gone, rounds, "complete") == [[*place, "seeds 1, 2 missing"]]
+    rising = rounds.copy()
+    rising.loc[lora(rising) & (rising["round"] == 8), "validation_score"] = 0.95
+    assert raised(scene, rising, "curve is flat") == [[*place, "gains 5.00 points from round 6 to 8"]]
+    rising.loc[lora(rising) & (rising["round"] == 8), "validation_score"] = 0.88
+    assert raised(scene, rising, "curve is flat") == [[*place, "loses 2.00 points from round 6 to 8"]]
+    assert raised(changed(scene, lora, "test_score", 0.2), rounds, "above its controls")[0][:3] == place
+    assert raised(changed(scene, lora, "test_score", 1.0), rounds, "below its control")[0][:3] == place
+    assert (
+        raised(changed(scene, lora, "validation_score", 0.1), rounds, "validation near test")[0][:3] == place
+    )
+    assert raised(changed(scene, lora, "dirty", True), rounds, "committed code") == [[*place, "5 of 5 runs"]]
+
+
+def test_curves_of_too_few_rounds_cannot_be_judged(study):
+    _, rounds, scene = study
+    last = rounds.assign(validation_score=rounds["validation_score"].where(rounds["round"].isin([0, 8])))
+    assert len(raised(scene, last, "curve is flat")) == 4 * len(METHODS)
+
+
+def test_rules_of_the_tuning_name_winners_at_the_edge_and_failed_trials(study):
+    _, rounds, scene = study
+    trials, choices = synthetic_trials(TASKS, ("fedavg", "fedprompt"), failed={("fedprompt", 2)})
+    choices[0] = {
+        **choices[0],
+        "at_edge": ["training.learning_rate"],
+        "chosen": {"training.learning_rate": 1e-2},
+    }
+    more = {"trials": trials, "choices": choices}
+    assert raised(scene, rounds, "winner inside its space", **more)[0] == [
+        *("bbc_news", "dirichlet_0.1", "fedavg"),
+        "training.learning_rate 0.01 is the outermost tried",
+    ]
+    assert raised(scene, rounds, "trials finished", **more) == [
+        [task, "dirichlet_0.1", "fedprompt", "1 of 8: trials 2"] for task in TASKS
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tuning.
+
+
+def test_the_curve_ends_at_the_chosen_score_and_a_failed_trial_counts_as_the_worst(study):
+    _, _, scene = study
+    trials, choices = synthetic_trials(TASKS, METHODS, failed={("fedlora", 1)})
+    found = tuning.expectations(trials)
+    last = found[found["trials"] == 8].set_index(["task", "method"])
+    best = trials.groupby(["task", "method"])["validation_score"].max()
+    assert (last["expected_best"] - best).abs().max() < 1e-12
+    own = trials[(trials["task"] == "bbc_news") & (trials["method"] == "fedlora")]
+    worst = trials[trials["task"] == "bbc_news"]["validation_score"].min()
+    first = found[(found["task"] == "bbc_news") & (found["method"] == "fedlora") & (found["trials"] == 1)]
+    expected = own["validation_score"].astype(float).fillna(worst).mean()
+    assert first["expected_best"].item() == pytest.approx(expected)
+    table = tuning.tuning_table(scene, trials, choices)
+    assert list(table.cells)[3:7] == ["1 trial", "2 trials", "4 trials", "8 trials"]
+    assert len(table.cells) == len(TASKS) * len(METHODS)
+
+
+def test_where_lower_is_better_the_best_is_the_lowest():
+    trials, _ = synthetic_trials(("talk",), ("fedavg",), failed=())
+    trials["greater_is_better"] = False
+    found = tuning.expectations(trials)
+    assert found["expected_best"].iloc[-1] == pytest.approx(trials["validation_score"].min())
+    assert found["expected_best"].is_monotonic_decreasing
+
+
+def test_choices_and_trials_that_cannot_be_used_are_named(tmp_path):
+    path = tmp_path / "bbc_news" / "fedavg.json"
+    path.parent.mkdir()
+    _, choices = synthetic_trials(("bbc_news",), ("fedavg",))
+    path.write_text(json.dumps(choices[0]))
+    assert tuning.read_choices(tmp_path) == choices
+    path.write_text("{}")
+    with pytest.raises(UserError, match="fedavg.json: not the choice of a tuning"):
+        tuning.read_choices(tmp_path)
+    with pytest.raises(UserError, match="trials.parquet: not a parquet file"):
+        tuning.read_trials(tmp_path / "trials.parquet")
+    pandas.DataFrame({"task": ["t"]}).to_parquet(tmp_path / "trials.parquet")
+    with pytest.raises(UserError, match="lacks the column partition"):
+        tuning.read_trials(tmp_path / "trials.parquet")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Claims.
+
+SYSTEMS = (
+    *(
+        "FedCyBGD",
+        "FedAvg",
+        "FedLoRA (FedIT)",
+        "Federated prompt tuning",
+        "SLoRA",
+        "FedBPT",
+        "FedPepTAO",
+        "CELLM",
+    ),
+    *("EmbracingFL", "BlockLLM", "SHERL", "R-SFLLM", "DSnoT", "RTD", "MobiLlama"),
+)
+PREDICTED = pandas.DataFrame(
+    {
+        "model": ["m", "m"],
+        "method": ["fedcybgd", "fedavg"],
+        "turn_upload_bytes": [3.0, 100.0],
+        "turn_download_bytes": [90.0, 100.0],
+        "turn_flops": [50.0, 100.0],
+        "peak_memory_bytes": [30, 100],
+        "parameters": [7, 7],
+    }
+)
+
+
+def rule(**keys):
+    system = {"name": "x", "reference": "x", "claims": [{"claim": "x", "rule": keys}]}
+    return claims.Claims.model_validate({"systems": [system]}).systems[0].claims[0].rule
+
+
+def score_rule(at_least, **more):
+    return rule(kind="score", of="fedcybgd", against="fedavg", at_least=at_least, **more)
+
+
+def test_every_system_has_claims_and_each_its_rule_or_a_reason():
+    systems = read_claims()
+    assert set(SYSTEMS) <= {system.name for system in systems}
+    own = next(system for system in systems if system.name == "FedCyBGD").claims
+    compared = {(one.rule.against, one.rule.partitions) for one in own if one.rule.kind == "score"}
+    assert compared == {
+        *itertools.product(("fedavg", "fedlora", "fedprompt"), ("even", "skewed")),
+        *itertools.product(("fedbavg", "fed_full"), ("all",)),
+    }
+    exact = {one.rule.quantity for one in own if one.rule.kind == "predicted"}
+    assert exact == {"turn_upload_bytes", "turn_download_bytes", "peak_memory_bytes", "turn_flops"}
+    assert {"fedavg", "fedcybgd"} <= set(to_predict(systems)["llama2_7b"])
+    for claim in (claim for system in systems for claim in system.claims):
+        assert claim.rule.kind == "none" or claim.shown_by, claim.claim
+
+
+def test_a_score_is_judged_by_its_interval(study):
+    _, _, scene = study
+    found = judge(score_rule(0), scene)
+    assert found.low < found.value < found.high < 0
+    assert found.verdict == claims.CONTRADICTED
+    assert judge(score_rule(found.low - 0.1), scene).verdict == claims.SUPPORTED
+    assert judge(score_rule(found.value), scene).verdict == claims.UNDECIDED
+    pairs = families(scene.runs)[0].differences("fedcybgd", "fedavg")
+    assert found.value == pytest.approx(numpy.mean([pair.mean() for pair in pairs]))
+
+
+def test_even_and_skewed_partitions_are_judged_apart(study):
+    _, _, scene = study
+    even, skewed = (judge(score_rule(0, partitions=where), scene) for where in ("even", "skewed"))
+    every = judge(score_rule(0), scene)
+    assert every.value == pytest.approx((even.value + skewed.value) / 2)
+    assert "2 cells, 10 pairs" in even.text and skewed.value < even.value
+    only = scene._replace(runs=scene.runs[scene.runs["partition"] == "iid"])
+    assert judge(score_rule(0, partitions="skewed"), only).verdict == claims.UNTESTABLE
+
+
+def test_with_too_few_seeds_a_score_stays_undecided(study):
+    _, _, scene = study
+    one = scene._replace(runs=scene.runs[scene.runs["seed"] == 1])
+    found = judge(score_rule(0), one)
+    assert found.verdict == claims.UNDECIDED and "too few pairs" in found.text
+
+
+def test_what_the_study_lacks_cannot_be_tested(study):
+    _, _, scene = study
+    for one in (
+        rule(kind="score", of="slora", against="fedavg", at_least=0),
+        rule(kind="cost", of="fedavg", against="slora", quantity="flops", at_most=1),
+    ):
+        found = judge(one, scene)
+        assert (found.verdict, found.text) == (claims.UNTESTABLE, "the study has no runs of slora")
+    assert judge(rule(kind="none", reason="no radio"), scene)[::4] == (claims.UNTESTABLE, "no radio")
+
+
+def test_costs_are_judged_in_every_cell(study):
+    _, _, scene = study
+
+    def cost(at_most, scene=scene):
+        keys = {"of": "fedcybgd", "against": "fedavg", "quantity": "upload_bytes"}
+        return judge(rule(kind="cost", at_most=at_most, **keys), scene)
+
+    assert cost(0.1).value == pytest.approx(7.1 / 90.9) and cost(0.1).verdict == claims.SUPPORTED
+    assert cost(0.05).verdict == claims.CONTRADICTED
+    dear = changed(
+        scene,
+        lambda runs: (runs["method"] == "fedcybgd") & (runs["task"] == "bbc_news"),
+        "upload_bytes",
+        10**12,
+    )
+    assert cost(0.1, dear).verdict == claims.UNDECIDED
+    free = changed(scene, lambda runs: runs["method"] == "fedavg", "upload_bytes", 0)
+    assert cost(0.1, free).verdict == claims.UNTESTABLE
+
+
+def test_predicted_costs_are_exact(study):
+    _, _, scene = study
+    keys = {"kind": "predicted", "model": "m", "of": "fedcybgd", "against": "fedavg"}
+    upload = rule(**keys, quantity="turn_upload_bytes", at_most=0.04)
+    assert judge(upload, scene, PREDICTED)[:2] == (claims.SUPPORTED, 0.03)
+    memory = rule(**keys, quantity="peak_memory_bytes", at_most=0.25)
+    assert judge(memory, scene, PREDICTED)[:2] == (claims.CONTRADICTED, 0.3)
+    count = rule(kind="predicted", model="m", of="fedavg", quantity="parameters", at_most=7)
+    assert judge(count, scene, PREDICTED)[:2] == (claims.SUPPORTED, 7)
+    assert judge(upload, scene).verdict == claims.UNDECIDED
+    assert judge(upload, scene, PREDICTED[:1]).text == "no costs of fedavg on m"
+
+
+def test_the_table_of_claims_holds_every_claim_and_counts_the_verdicts(study):
+    _, _, scene = study
+    table = claims.claims_table(scene, PREDICTED)
+    every = [claim.claim for system in read_claims() for claim in system.claims]
+    assert table.numbers["claim"].tolist() == every
+    counts = table.numbers["verdict"].value_counts()
+    assert f"{counts[claims.SUPPORTED]} supported" in table.notes[0]
+    assert (table.numbers["text"] != "").all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "score", "of": "a", "against": "b"}, "rule.score.at_least"),
+        ({"kind": "guess"}, "rule"),
+        (
+            {"kind": "cost", "of": "a", "against": "b", "quantity": "joy", "at_most": 1},
+            "rule.cost.quantity: 'joy'",
+        ),
+    ],
+)
+def test_faults_of_the_claims_are_named(change, message, tmp_path):
+    path = tmp_path / "claims.yaml"
+    claim = {"claim": "c", "rule": change}
+    path.write_text(yaml.safe_dump({"systems": [{"name": "n", "reference": "r", "claims": [claim]}]}))
+    with pytest.raises(UserError) as error:
+        read_claims(path)
+    assert str(error.value).startswith(f"{path}: systems.0.claims.0.{message}"), error.value
+    assert CLAIMS.exists()
+
+
+def test_predicted_costs_are_read_as_they_are_written(tmp_path):
+    assert claims.read_predicted(tmp_path / "absent.csv") is None
+    PREDICTED.to_csv(tmp_path / "claims.csv", index=False)
+    assert claims.read_predicted(tmp_path / "claims.csv").equals(PREDICTED)
+    PREDICTED.drop(columns="turn_flops").to_csv(tmp_path / "claims.csv", index=False)
+    with pytest.raises(UserError, match="lacks the column turn_flops"):
+        claims.read_predicted(tmp_path / "claims.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which study has what.
+
+
+@pytest.fixture(scope="module")
+def small_study():
+    task = {"task": "bbc_news", "max_length": 24}
+    return {
+        "study": "s",
+        "seeds": [1],
+        "model": "minilm",
+        "federation": {"clients": 4, "rounds": 2},
+        "tasks": {"bbc_news": task},
+        "partitions": {"iid": None, "skewed": {"scheme": "dirichlet", "alpha": 0.3}},
+        "methods": {"fedavg": None, "fedcybgd": None, "centralized": {"partitions": ["iid"]}},
+    }
+
+
+def test_a_study_has_only_the_tables_that_it_has_something_for(small_study):
+    has = Contents.of(reading.parse(small_study))
+    assert has == Contents(competitors=2, cells=2, centralized=True, tuned=False)
+    assert has.tables() == ["profiles", "cost_to_target"] and has.figures() == ["profiles"]
+    alone = {**small_study, "methods": {"fedavg": None, "head_only": None}}
+    assert Contents.of(reading.parse(alone)).tables() == []
+    one_cell = {**small_study, "partitions": {"iid": None}}
+    assert Contents.of(reading.parse(one_cell)).tables() == ["cost_to_target"]
+    assert has._replace(tuned=True).tables() == ["profiles", "cost_to_target", "tuning", "claims"]
+
+
+def test_tables_are_written_for_what_a_study_has(study, tmp_path):
+    runs, rounds, scene = study
+    runs.to_parquet(tmp_path / "runs.parquet")
+    rounds.to_parquet(tmp_path / "rounds.parquet")
+    trials, choices = synthetic_trials(TASKS, METHODS)
+    has = Contents(competitors=3, cells=4, centralized=True, tuned=True)
+    shares = {(task, method): 1.0 for task in TASKS for method in METHODS}
+    evidence = tables.Evidence(has, read_devices(), shares, trials, choices, PREDICTED)
+    arguments = [tmp_path / "runs.parquet", tmp_path / "rounds.parquet", scene.expected, TITLES]
+    for name, extra in (("all", evidence), ("again", evidence), ("few", None)):
+        written = tables.make(*arguments, tmp_path / name, evidence=extra)
+        names = tables.names(extra.contents) if extra else tables.NAMES
+        assert {path.name for path in written} == {
+            "missing.csv",
+            *(f"{table}.{ending}" for table in names for ending in ("csv", "md", "tex")),
+        }
+        assert all(path.stat().st_size > 100 for path in written if path.stem not in ("missing", "reference"))
+    for path in (tmp_path / "all").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    traffic = pandas.read_csv(tmp_path / "all" / "traffic.csv")
+    assert "seconds_on(phone_midrange, 5g)_mean" in traffic
+    assert not any("seconds_on" in name for name in pandas.read_csv(tmp_path / "few" / "traffic.csv"))
+
+
+def test_the_schedule_of_a_study_says_who_takes_turns(small_study):
+    methods = {"fedavg": None, "fedcybgd": None, "fedbavg": {"method": "fedcybgd", "clients_per_block": 2}}
+    found = cohorts(reading.parse({**small_study, "methods": methods}))
+    assert found == {
+        ("bbc_news", "fedavg"): 0.25,
+        ("bbc_news", "fedcybgd"): 1.0,
+        ("bbc_news", "fedbavg"): 0.5,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures.
+
+
+def check_layout(figure):
+    """Everything is within the axes, and texts do not overlap."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for line in axes.lines:
+            x, y = line.get_transform().transform(numpy.column_stack(line.get_data()).astype(float)).T
+            assert numpy.all((axes.bbox.x0 - 1 <= x) & (x <= axes.bbox.x1 + 1))
+            assert numpy.all((axes.bbox.y0 - 1 <= y) & (y <= axes.bbox.y1 + 1))
+    boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    boxes += [axes.yaxis.label.get_window_extent() for axes in figure.axes]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    for number, box in enumerate(boxes):
+        assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+
+
+def test_profiles_and_tuning_curves_are_in_view_in_the_colours_of_their_methods(study):
+    _, _, scene = study
+    look = drawing.styles(scene.methods)
+    trials, _ = synthetic_trials(TASKS, METHODS)
+    with drawing.settings():
+        profile = profiles.profiles(scene, look)
+        curves = tuning.tuning_curves(scene, look, trials, list(TASKS))
+        check_layout(profile)
+        check_layout(curves)
+    competitors = ["fedavg", "fedcybgd", "fedlora"]
+    assert [line.get_color() for line in profile.axes[0].lines] == [
+        look[method].colour for method in competitors
+    ]
+    assert len(curves.axes) == 2 and all(len(axes.lines) == len(METHODS) for axes in curves.axes)
+    assert {line.get_color() for line in curves.axes[0].lines} == {look[method].colour for method in METHODS}
+
+
+def test_a_record_says_how_much_the_largest_client_holds(tmp_path):
+    record = synthetic_record() | {"partition_skew": {"largest_client": 400}}
+    path = tmp_path / "seed1.json"
+    path.write_text(json.dumps(record))
+    records.collect([path], tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
+    assert records.load_runs(tmp_path / "runs.parquet")["largest_client_share"].tolist() == [0.5]
+    rounds = records.load_rounds(tmp_path / "rounds.parquet")
+    assert rounds["largest_upload_bytes"].tolist() == [0, *[90_900_000] * 4]
