@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression
+from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.state import Segment, Server, Upload
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Method:
     Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
     `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task;
     `companions` names tensors that are sent along with a parameter, as `<parameter>@<companion>`, in its
-    shape.
+    shape; `server_optimizer` is how the server follows a mean where the study does not say.
     """
 
     name = ""
@@ -59,6 +60,7 @@ class Method:
     kinds: tuple[str, ...] = ("classification", "regression", "causal", "question_answering")
     Config: type[MethodConfig] = MethodConfig
     companions: tuple[str, ...] = ()
+    server_optimizer: ServerOptimizer = Averaging()
 
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`
@@ -70,6 +72,10 @@ class Method:
 
     def check(self, facts: Facts) -> None:
         """Raise UserError, before any job starts, if the settings do not fit the model."""
+
+    def averages(self) -> bool:
+        """Return whether `merge` lets the server follow means of uploads, as a server optimizer requires."""
+        return True
 
     def virtual_tokens(self) -> int:
         """Return how many of the model's positions the method itself uses."""
@@ -129,10 +135,13 @@ class Method:
         state, so the state must not change before the last upload has arrived. The default is the mean
         weighted by examples, tensor by tensor, over the clients that uploaded that tensor; it holds one
         running mean, whatever the number of clients, and a mean over one client is that client's tensor, bit
-        for bit.
+        for bit. Optimizer moments that clients hand on are averaged; the server's optimizer leaves them be.
         """
         for name, (value, _) in weighted_mean(uploads).items():
-            server.update(name, value)
+            if "@" in name:
+                server.update(name, value)
+            else:
+                server.follow(name, value)
 
     def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
         """Yield the models to score, as values of the exchanged parameters; their scores are averaged."""

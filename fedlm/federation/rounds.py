@@ -62,7 +62,8 @@ class Rounds:
         self.parameters = dict(model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         initial = {name: _first_value(self.parameters[name]) for name in method.exchanged}
-        self.server = Server(dict(initial), initial)
+        optimizer = federation.server_optimizer or method.server_optimizer
+        self.server = Server(dict(initial), initial, optimizer=optimizer)
         self.link = Link(method, self.server, model, seed, observe)
         self.ledger = Ledger(broadcast)
         self.instruments = Instruments()

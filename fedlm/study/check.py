@@ -58,6 +58,7 @@ def check(study: Study) -> None:
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
             attempt(f"methods.{name}", partial(built.check, found))
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
+            attempt(f"methods.{name}", partial(_check_averaging, study, label, name, built.averages()))
             virtual, positions = built.virtual_tokens(), found.positions
             if positions is not None and positions - virtual < 8:
                 faults.append(
@@ -79,6 +80,17 @@ def _check_partitions(study: Study, label: str, task: Task, attempt: Callable) -
         attempt(
             f"partitions.{name} (of tasks.{label})",
             partial(schemes.check, config, clients, most, labels, groups),
+        )
+
+
+def _check_averaging(study: Study, task: str, method: str, averages: bool) -> None:
+    """Raise UserError if a server optimizer is asked for where the server averages nothing."""
+    run = study.run(task, next(iter(study.partitions)), method, study.seeds[0])
+    found = run.federation.server_optimizer
+    if found is not None and found.name != "none" and not averages:
+        raise UserError(
+            f"server_optimizer: {found.name}; allowed: none, since the server of {run.method} with these "
+            "settings follows no mean of uploads"
         )
 
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
 from fedlm.data.partition import PartitionConfig
-from fedlm.federation.settings import Federation, Training
+from fedlm.federation.settings import Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
 from fedlm.study.study import LABEL, MethodEntry, Pipeline, Study, TaskEntry
@@ -241,6 +241,9 @@ def _method(
         "partitions": _labels(reader, f"{path}.partitions", entry.pop("partitions", None), partitions),
     }
     training = _overrides(reader, path, entry, "training", plain["training"])
+    optimizer = entry.pop("server_optimizer", None)
+    if optimizer is not None:
+        optimizer = reader.parse(f"{path}.server_optimizer", ServerOptimizer, optimizer)
     title = entry.pop("title", None)
     if title is not None and not (isinstance(title, str) and 0 < len(title) <= 60 and title.isprintable()):
         reader.fault(f"{path}.title", f"{shown(title)}; allowed: one line of up to 60 characters")
@@ -250,7 +253,14 @@ def _method(
         return None
     if title is None:
         title = found.title if label == name else f"{found.title} ({label})"
-    return MethodEntry(method=name, settings=settings, title=title, training=training, **only)
+    return MethodEntry(
+        method=name,
+        settings=settings,
+        title=title,
+        training=training,
+        server_optimizer=optimizer,
+        **only,
+    )
 
 
 def _labels(reader: _Reader, path: str, value: Any, allowed: dict) -> list[str] | None:

@@ -17,7 +17,7 @@ from fedlm.base.settings import Settings
 from fedlm.data.schemes import PartitionConfig
 from fedlm.data.task import Task
 from fedlm.federation.method import Method
-from fedlm.federation.settings import Federation, Training
+from fedlm.federation.settings import Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study.plugins import Found, file_of, is_own
 
@@ -59,6 +59,7 @@ class MethodEntry(Settings):
     tasks: list[str] | None = None
     partitions: list[str] | None = None
     training: dict[str, Any] = {}
+    server_optimizer: ServerOptimizer | None = None
 
 
 class Run(NamedTuple):
@@ -173,6 +174,8 @@ class Study(Settings):
         _known("partition", partition, self.partitions)
         _known("method", method, self.methods)
         of_task, of_method = self.tasks[task], self.methods[method]
+        optimizer = of_method.server_optimizer
+        of_server = {"server_optimizer": optimizer.model_dump()} if optimizer else {}
         return RunConfig(
             study=self.study,
             task_label=task,
@@ -187,7 +190,7 @@ class Study(Settings):
             method=of_method.method,
             method_class=self.found.methods[of_method.method],
             method_settings=of_method.settings,
-            federation=_merged(self.federation, of_task.federation),
+            federation=_merged(self.federation, of_task.federation, of_server),
             training=_merged(self.training, of_task.training, of_method.training),
         )
 
