@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from fedlm.base.settings import Settings
-from fedlm.exchange.compression import Compression
+from fedlm.exchange.compression import Compression, UploadCompression
 from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.state import Segment, Server, Upload
 
@@ -34,6 +34,9 @@ class MethodConfig(Settings):
         "float32", description="precision of the values in a payload"
     )
     compression: Compression | None = Field(None, description="how downloaded parameters are reduced")
+    upload_compression: UploadCompression | None = Field(
+        None, description="how the change of uploaded parameters is reduced"
+    )
     cache: Literal["none", "pretrained", "last_visit"] = Field(
         "none",
         description="what a client keeps between turns: nothing; the pretrained weights, so that a parameter "
