@@ -243,6 +243,30 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(reduction, place, tmp_p
     assert final(again) == final(whole) != final(ran("fedcybgd", place, rounds=3))
 
 
+@pytest.mark.slow
+def test_fedcybgd_with_powersgd_sends_its_blocks_matrices_as_factors(place):
+    """And its vectors and the head in full; blocks that are not trained stay as they are, bit for bit."""
+    reduction = {"operator": "low_rank", "rank": 2, "least_rate": 1.5}
+    run = ran("fedcybgd", place, clients=2, rounds=1, upload_compression=reduction)
+    trained = run.method.trainable(0, 1)
+    rule, shapes = LowRankUpload(**reduction), {name: run.server.initial[name].shape for name in trained}
+    ranks = {name: rule.rank_of(shape) for name, shape in shapes.items()}
+    assert {name.split(".")[-1] for name, rank in ranks.items() if rank} == {"weight"}
+    assert all(bool(rank) == ("layer" in name and len(shapes[name]) == 2) for name, rank in ranks.items())
+    by_hand = {
+        name: torch.empty(shape) if not ranks[name] else LowRank(*(torch.empty(n, 2) for n in shape))
+        for name, shape in shapes.items()
+    }
+    assert run.ledger.upload == 2 * size(by_hand)
+    kept = run.server.kept.get(0)
+    assert {name.partition("@")[0] for name in kept} == {name for name, rank in ranks.items() if rank}
+    last = [name for name in run.method.exchanged if ".2." in name]
+    assert last and all(torch.equal(run.server.tensors[n], run.server.initial[n]) for n in last)
+    name = next(name for name, rank in ranks.items() if rank)
+    change = run.server.tensors[name] - run.server.initial[name]
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "values", "message"),
     [
