@@ -59,7 +59,7 @@ class Outgoing:
         wanted = {}
         for name, value in values.items():
             if isinstance(value, Tensor) and "@" not in name and name in self.received:
-                value = value.detach() if value.is_meta else value.detach().cpu()
+                value = _on_host(value)
                 rest = self.kept.get(f"{name}@rest")
                 wanted[name] = value if rest is None else value + rest
         return wanted
@@ -79,6 +79,7 @@ class Outgoing:
 
 def sparse(values: Mapping[str, Tensor], received: Mapping[str, Tensor], settings: SparseUpload) -> Sparse:
     """Return the elements of the values that changed most, in one ranking over all tensors."""
+    values = {name: _on_host(value) for name, value in values.items()}
     changes = [value - received[name] for name, value in values.items()]
     count = settings.count(sum(change.numel() for change in changes))
     return Sparse(values, largest(changes, count), count)
@@ -112,3 +113,7 @@ def power_iteration(change: Tensor, right: Tensor, iterations: int) -> LowRank:
         left = torch.linalg.qr(change @ right).Q
         right = change.T @ left
     return LowRank(left, right.to(change.device))
+
+
+def _on_host(value: Tensor) -> Tensor:
+    return value.detach() if value.is_meta else value.detach().cpu()
