@@ -58,6 +58,9 @@ class FedLoRA(Method):
         if self.config.rank > facts.hidden:
             raise UserError(f"rank: {self.config.rank}; allowed: at most {facts.hidden}, the model's width")
 
+    def averages(self) -> bool:
+        return self.config.variant not in ("flexlora", "fedex")
+
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         from peft import LoraConfig, get_peft_model
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN

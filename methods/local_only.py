@@ -21,6 +21,9 @@ class LocalOnly(Method):
     reference = "control"
     control = True
 
+    def averages(self) -> bool:
+        return False
+
     def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
         return {}
 

@@ -31,6 +31,7 @@ SETTINGS = {
     ],
     "fedprox": [{"mu": 1.0}],
     "scaffold": [{"weights": "examples"}],
+    "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
     "fedprompt": [{"form": f, "tokens": 4} for f in ("prefix", "prefix_projected", "p_tuning")],
@@ -157,7 +158,8 @@ def uploads(method, place, settings, **changes) -> list[tuple[set[str], dict, di
         trained = {name for segment in segments for name in segment.trainable}
         values = {name: value.clone() for name, value in turn.values(sorted(trained)).items()}
         sent = upload(turn)
-        found.append((trained, values, {name: value.detach().clone() for name, value in sent.items()}))
+        parts = payload.encode(sent).parts  # a value's own name, or its reduced form's parts
+        found.append((trained, values, {name: value.detach().clone() for name, value in parts.items()}))
         return sent
 
     run.method.upload = noted

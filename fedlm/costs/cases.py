@@ -290,6 +290,7 @@ def requests(cases: Sequence[Case], costs: Sequence[Costs | UserError]) -> dict[
             "peak_memory_bytes": found.peak.peak,
             "parameter_bytes": found.peak.parameter,
             "exchanged_bytes": found.exchanged_bytes,
+            "server_bytes": found.server_bytes,
             "kept_bytes": round(found.kept_bytes * case.participants),
         }
         for case, found in zip(cases, costs, strict=True)

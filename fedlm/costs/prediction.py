@@ -46,7 +46,8 @@ class Costs:
     are of the whole run, as are `flops`. `turns` counts the turns, `answered` those that ended in an upload.
     `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
     were not measured: they are between equal blocks that were. `kept_bytes` is what all clients together keep
-    after the run. In `alike`, segments that differ only in their position have the same number.
+    after the run, `server_bytes` what the server holds then besides the parameters. In `alike`, segments that
+    differ only in their position have the same number.
     """
 
     parameters: int
@@ -58,6 +59,7 @@ class Costs:
     turns: int
     answered: int
     kept_bytes: int
+    server_bytes: int
     flops: int
     memory: dict[str, Memory]
     interpolated: tuple[str, ...]
@@ -226,6 +228,11 @@ class _Rehearsal(Rounds):
         initial = self.server.initial
         return own + sum(initial[name].nbytes for name, version in seen if version and name in initial)
 
+    def server_bytes(self) -> int:
+        """Return the bytes of the method's own state and of the server optimizer's."""
+        states = [self.server.state, *self.server.moments.values()]
+        return sum(value.nbytes for state in states for value in state.values())
+
 
 def _empty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items()}
@@ -297,6 +304,7 @@ def predict(
         turns=run.ledger.downloads,
         answered=run.ledger.uploads,
         kept_bytes=run.kept_bytes(),
+        server_bytes=run.server_bytes(),
         flops=sum(round(flops[work]["flops"]) * count for work, count in recorded.count.items()),
         memory=by_label,
         interpolated=tuple(

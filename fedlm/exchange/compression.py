@@ -1,7 +1,10 @@
-"""Reductions of what a client downloads: dropped layers, pruning, quantisation, stale blocks.
+"""Reductions of what crosses the network.
 
-An operator acts on blocks of which this client trains nothing in this turn: the free blocks. What the client
-trains, and what belongs to no block (head, embeddings, final norm), is sent in full.
+Of downloads: dropped layers, pruning, quantisation, stale blocks. Such an operator acts on blocks of which
+this client trains nothing in this turn: the free blocks. What the client trains, and what belongs to no block
+(head, embeddings, final norm), is sent in full.
+
+Of uploads: sparse and low-rank changes of whatever the client trained (see `uploads`).
 """
 
 from __future__ import annotations
@@ -80,6 +83,49 @@ class Stale(Settings):
 
 
 Compression = Annotated[LayerDrop | Prune | Quantize | Stale, Field(discriminator="operator")]
+
+
+class SparseUpload(Settings):
+    """Of all that a client uploads, only the parameters that changed most are sent (top-k).
+
+    One ranking over all tensors, by the magnitude of the change from what the client received. At the server
+    the others have the value that the client received.
+    """
+
+    operator: Literal["sparse"] = "sparse"
+    density: float = Field(0.1, gt=0, le=1, description="share of the elements that is sent, rounded down")
+    error_feedback: bool = Field(
+        True, description="what is not sent is kept by the client and added to its next change"
+    )
+
+    def count(self, elements: int) -> int:
+        """Return how many of so many elements are sent: at least one."""
+        return max(1, math.floor(self.density * elements))
+
+
+class LowRankUpload(Settings):
+    """The change of each large matrix is sent as two factors (PowerSGD, arXiv:1905.13727, algorithm 1)."""
+
+    operator: Literal["low_rank"] = "low_rank"
+    rank: int = Field(4, ge=1, le=4096)
+    iterations: int = Field(1, ge=1, le=100, description="power iterations, each from the one before")
+    least_rate: float = Field(
+        10.0, ge=0, description="a matrix is sent in full unless its factors are smaller by more than this"
+    )
+    error_feedback: bool = Field(
+        True, description="what the factors lack is kept by the client and added to its next change"
+    )
+
+    def rank_of(self, shape: tuple[int, ...]) -> int | None:
+        """Return the rank at which a tensor's change is sent; None if the tensor is sent in full."""
+        if len(shape) < 2:
+            return None
+        rows, columns = shape[0], math.prod(shape[1:])
+        rank = min(self.rank, rows, columns)
+        return rank if rows * columns > self.least_rate * rank * (rows + columns) else None
+
+
+UploadCompression = Annotated[SparseUpload | LowRankUpload, Field(discriminator="operator")]
 
 
 def free_blocks(anatomy: Anatomy, trained: Iterable[str]) -> list[Block]:

@@ -8,6 +8,9 @@ each stored as parts whose names end in `#<part>`:
     dense       name                        the values, in the payload's precision
     pruned      name#mask, name#values      one bit per element (packed), and the values that were kept
     quantized   name#int8, name#scale       one byte per element, and one scale per output channel
+    low rank    name#left, name#right       two factors of the change from what the receiver knows
+    sparse      *#bits or *#indices,        some elements of several tensors laid end to end: where they are,
+                *#chosen                    in the shorter of two forms, and their values
 """
 
 import hashlib
@@ -87,7 +90,67 @@ class Quantized:
         return (self.tensor.shape[0], 1) if self.channels == 0 else (1, self.tensor.shape[1])
 
 
-Sendable = Tensor | Pruned | Quantized
+@dataclass(frozen=True)
+class LowRank:
+    """A tensor of which a change is sent, as left (rows, rank) times the transpose of right (columns, rank).
+
+    Rows are the first dimension, columns all others. The receiver adds the change to what it knows.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """Return the stored parts."""
+        return {f"{name}#left": self.left, f"{name}#right": self.right}
+
+
+TOGETHER = "*"  # the name of what is made of several tensors
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Several tensors, laid end to end, of which only the elements under `mask` are sent.
+
+    The receiver, who knows which tensors these are, has the other elements from elsewhere, or takes zeros.
+    Sent under the name TOGETHER. `mask` is bool, as long as all tensors together; `kept` its number of ones.
+    """
+
+    tensors: Mapping[str, Tensor]
+    mask: Tensor
+    kept: int
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """Return the stored parts: positions as packed bits or as indices, and the chosen values."""
+        kind, dtype, shape = self.positions()
+        if self.mask.is_meta:
+            places = torch.empty(shape, dtype=dtype, device="meta")
+            return {f"{name}#{kind}": places, f"{name}#chosen": torch.empty(self.kept, device="meta")}
+        places = pack(self.mask) if kind == "bits" else self.mask.nonzero().flatten().to(dtype)
+        flat = torch.cat([value.detach().cpu().flatten() for value in self.tensors.values()])
+        return {f"{name}#{kind}": places, f"{name}#chosen": flat[self.mask]}
+
+    def positions(self) -> tuple[str, torch.dtype, tuple[int]]:
+        """Return the shorter form of the positions: its part, type and shape."""
+        elements = self.mask.numel()
+        wide = torch.int32 if elements < 2**31 else torch.int64
+        if self.kept * wide.itemsize < -(-elements // 8):
+            return "indices", wide, (self.kept,)
+        return "bits", torch.uint8, (-(-elements // 8),)
+
+
+Sendable = Tensor | Pruned | Quantized | LowRank | Sparse
+
+
+def changed(tensors: Mapping[str, Sendable]) -> list[str]:
+    """Return the names of the tensors of which only a change, or some elements, are sent, in their order."""
+    names: list[str] = []
+    for name, value in tensors.items():
+        if isinstance(value, LowRank):
+            names.append(name)
+        elif isinstance(value, Sparse):
+            names += value.tensors
+    return names
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -170,6 +233,13 @@ def size(tensors: Mapping[str, Sendable], precision: str = "float32") -> int:
         elif isinstance(value, Quantized):
             entries.append((f"{name}#int8", torch.int8, tuple(value.tensor.shape)))
             entries.append((f"{name}#scale", torch.float32, value.scale_shape()))
+        elif isinstance(value, LowRank):
+            entries.append((f"{name}#left", wide, tuple(value.left.shape)))
+            entries.append((f"{name}#right", wide, tuple(value.right.shape)))
+        elif isinstance(value, Sparse):
+            form, integer, shape = value.positions()
+            entries.append((f"{name}#{form}", integer, shape))
+            entries.append((f"{name}#chosen", wide, (value.kept,)))
         else:
             kind = wide if value.is_floating_point() else value.dtype
             entries.append((name, kind, tuple(value.shape)))
@@ -200,12 +270,18 @@ def _layout(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tupl
     return [entry[0] for entry in order], len(text).to_bytes(8, "little") + text
 
 
-def decode(message: Message | bytes, expected: Mapping[str, Tensor], own: bool = False) -> dict[str, Tensor]:
+def decode(
+    message: Message | bytes,
+    expected: Mapping[str, Tensor],
+    own: bool = False,
+    known: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Return the tensors of a payload, checked against what may be in it.
 
     `expected` holds, for each name that may occur, a tensor of the right shape and type; values come back in
     that type, on the CPU. With `own` they have memory of their own; without, values that were sent
-    unchanged share the sender's, and must not be written to.
+    unchanged share the sender's, and must not be written to. `known` holds what the receiver has already of
+    the tensors that arrive as a change or in part (see `changed`), in the order in which they were laid.
 
     Raises PayloadError, naming the tensor, on anything else: bytes that are not a payload, an unknown name, a
     wrong shape, a missing part. No more memory is allocated than the message's length and the expected
@@ -215,8 +291,15 @@ def decode(message: Message | bytes, expected: Mapping[str, Tensor], own: bool =
         return {}
     parts = message.parts if isinstance(message, Message) else _read(message)
     tensors: dict[str, Tensor] = {}
+    known = known or {}
     for part, value in parts.items():
         name, _, kind = part.partition("#")
+        if name == TOGETHER:
+            if kind == "chosen":
+                tensors |= _sparse(parts.get("*#bits"), parts.get("*#indices"), value, known)
+            elif kind not in ("bits", "indices") or "*#chosen" not in parts:
+                raise PayloadError(f"stray part {part[:40]!r}")
+            continue
         if name not in expected:
             raise PayloadError(f"unknown tensor {name[:100]!r}")
         like = expected[name]
@@ -231,7 +314,9 @@ def decode(message: Message | bytes, expected: Mapping[str, Tensor], own: bool =
             tensors[name] = _pruned(name, value, parts.get(f"{name}#values"), like)
         elif kind == "int8":
             tensors[name] = _quantized(name, value, parts.get(f"{name}#scale"), like)
-        elif f"{name}#{ {'values': 'mask', 'scale': 'int8'}.get(kind, '') }" not in parts:
+        elif kind == "left" and name in known:
+            tensors[name] = _low_rank(name, value, parts.get(f"{name}#right"), known[name])
+        elif f"{name}#{ {'values': 'mask', 'scale': 'int8', 'right': 'left'}.get(kind, '') }" not in parts:
             raise PayloadError(f"{name}: stray part {kind[:40]!r}")
     return tensors
 
@@ -259,3 +344,45 @@ def _quantized(name: str, steps: Tensor, scale: Tensor | None, like: Tensor) -> 
     if scale is None or scale.shape not in ((rows, 1), (1, columns)) or scale.dtype != torch.float32:
         raise PayloadError(f"{name}: expected {rows} scales by row or {columns} by column")
     return (steps.float() * scale).to(like.dtype)
+
+
+def _low_rank(name: str, left: Tensor, right: Tensor | None, known: Tensor) -> Tensor:
+    rows, columns = known.shape[:1].numel(), known.shape[1:].numel()
+    for factor, length in ((left, rows), (right, columns)):
+        good = factor is not None and factor.is_floating_point() and factor.dim() == 2
+        if not good or factor.shape != (length, left.shape[1]):  # type: ignore[union-attr]  # good says so
+            raise PayloadError(f"{name}: expected factors of {rows} and {columns} rows and one rank")
+    if left.is_meta or right is None:
+        return torch.empty(known.shape, dtype=known.dtype, device="meta")
+    return known + (left.to(known.dtype) @ right.to(known.dtype).T).view(known.shape)
+
+
+def _sparse(
+    bits: Tensor | None, indices: Tensor | None, chosen: Tensor, known: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    elements = sum(value.numel() for value in known.values())
+    if (bits is None) == (indices is None) or not chosen.is_floating_point() or chosen.dim() != 1:
+        raise PayloadError("sparse part: expected values, and their positions as bits or as indices")
+    if chosen.is_meta:
+        return {n: torch.empty(v.shape, dtype=v.dtype, device="meta") for n, v in known.items()}
+    if indices is None:
+        assert bits is not None
+        mask = unpack(bits, torch.Size([elements]))
+    else:
+        places = indices.long()
+        rising = places.dim() == 1 and bool((places[1:] > places[:-1]).all())
+        if not rising or places.numel() and (int(places[0]) < 0 or int(places[-1]) >= elements):
+            raise PayloadError(f"sparse part: expected rising indices below {elements}")
+        mask = torch.zeros(elements, dtype=torch.bool)
+        mask[places] = True
+    if chosen.numel() != int(mask.sum()):
+        raise PayloadError(f"sparse part: {chosen.numel()} values for {int(mask.sum())} positions")
+    tensors, begin, used = {}, 0, 0
+    for name, value in known.items():
+        here = mask[begin : begin + value.numel()]
+        begin += value.numel()
+        count = int(here.sum())
+        part = chosen[used : used + count].to(value.dtype)
+        used += count
+        tensors[name] = value.masked_scatter(here.view(value.shape), part)
+    return tensors

@@ -112,8 +112,8 @@ class Link:
             return
         seen = self.seen.setdefault(client, {})
         for name, value in sent.items():
-            source = value if (exact := isinstance(value, Tensor)) else value.tensor
-            known = source is self.server.tensors.get(name)
+            source = value if (exact := isinstance(value, Tensor)) else getattr(value, "tensor", None)
+            known = name in self.server.tensors and source is self.server.tensors[name]
             seen[name] = (self.server.version.get(name, 0) if known else NO_VERSION, exact)
 
     @contextmanager
@@ -132,7 +132,9 @@ class Link:
         They may share memory with the server's; nobody may write into them. Stored ones are mapped from their
         file for as long as they are held. Raises StorageError where what the client keeps cannot be stored.
         """
-        decoded = payload.decode(message, self.expected())
+        # Elements that the method did not send are zero.
+        zeros = {name: value.new_zeros(()).expand(value.shape) for name, value in self.server.initial.items()}
+        decoded = payload.decode(message, self.expected(), known=zeros)
         if self.config.cache == "last_visit":
             self._put_away(self._replaced())
             self._hold(client, decoded)

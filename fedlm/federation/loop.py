@@ -148,6 +148,8 @@ class Federation(Rounds):
         copies, link = self.link.state()
         tensors: dict[str, Tensor | Stored] = {f"server/{n}": v for n, v in self.server.tensors.items()}
         tensors |= {f"state/{name}": value for name, value in self.server.state.items()}
+        for name, moments in self.server.moments.items():
+            tensors |= {f"moments/{kind}/{name}": value for kind, value in moments.items()}
         tensors |= {f"copies/{number}": value for number, value in copies.items()}
         for client, kept in self.server.kept.handles.items():
             tensors |= {f"kept/{client}/{name}": value for name, value in kept.items()}
@@ -170,12 +172,18 @@ class Federation(Rounds):
         if found is None:
             return
         round, values, plain = found
-        parts: dict[str, dict[str, Any]] = {"server": {}, "state": {}, "copies": {}, "kept": {}}
+        parts: dict[str, dict[str, Any]] = {
+            kind: {} for kind in ("server", "state", "moments", "copies", "kept")
+        }
         for name, value in values.items():
             kind, _, rest = name.partition("/")
             parts[kind][rest] = value
         self.server.tensors, self.server.state = parts["server"], parts["state"]
         self.server.version = plain["version"]
+        self.server.moments.clear()
+        for name, value in parts["moments"].items():
+            kind, _, parameter = name.partition("/")
+            self.server.moments.setdefault(parameter, {})[kind] = value
         self.link.restore(parts["copies"], plain["link"])
         self.server.kept.handles.clear()
         for name, stored in checkpoints.store.adopt(parts["kept"]).items():

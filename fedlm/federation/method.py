@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from fedlm.base.settings import Settings
-from fedlm.exchange.compression import Compression
+from fedlm.exchange.compression import Compression, UploadCompression
 from fedlm.federation.search import LogRange, Search
+from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.state import Segment, Server, Upload
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class MethodConfig(Settings):
         "float32", description="precision of the values in a payload"
     )
     compression: Compression | None = Field(None, description="how downloaded parameters are reduced")
+    upload_compression: UploadCompression | None = Field(
+        None, description="how the change of uploaded parameters is reduced"
+    )
     cache: Literal["none", "pretrained", "last_visit"] = Field(
         "none",
         description="what a client keeps between turns: nothing; the pretrained weights, so that a parameter "
@@ -50,7 +54,8 @@ class Method:
     Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
     `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task;
     `companions` names tensors that are sent along with a parameter, as `<parameter>@<companion>`, in its
-    shape; `search` names the settings that a study with `tuning` chooses, at most three, and their ranges.
+    shape; `search` names the settings that a study with `tuning` chooses, at most three, and their ranges;
+    `server_optimizer` is how the server follows a mean where the study does not say.
     """
 
     name = ""
@@ -61,6 +66,7 @@ class Method:
     Config: type[MethodConfig] = MethodConfig
     companions: tuple[str, ...] = ()
     search: Search = {"training.learning_rate": LogRange(1e-5, 1e-3)}
+    server_optimizer: ServerOptimizer = Averaging()
 
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`
@@ -72,6 +78,10 @@ class Method:
 
     def check(self, facts: Facts) -> None:
         """Raise UserError, before any job starts, if the settings do not fit the model."""
+
+    def averages(self) -> bool:
+        """Return whether `merge` lets the server follow means of uploads, as a server optimizer requires."""
+        return True
 
     def virtual_tokens(self) -> int:
         """Return how many of the model's positions the method itself uses."""
@@ -131,10 +141,13 @@ class Method:
         state, so the state must not change before the last upload has arrived. The default is the mean
         weighted by examples, tensor by tensor, over the clients that uploaded that tensor; it holds one
         running mean, whatever the number of clients, and a mean over one client is that client's tensor, bit
-        for bit.
+        for bit. Optimizer moments that clients hand on are averaged; the server's optimizer leaves them be.
         """
         for name, (value, _) in weighted_mean(uploads).items():
-            server.update(name, value)
+            if "@" in name:
+                server.update(name, value)
+            else:
+                server.follow(name, value)
 
     def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
         """Yield the models to score, as values of the exchanged parameters; their scores are averaged."""

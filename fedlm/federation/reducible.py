@@ -1,24 +1,26 @@
-"""Whether a method's compression finds anything to reduce."""
+"""Whether a method's reductions find anything to reduce."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from fedlm.base.errors import UserError
-from fedlm.exchange.compression import LayerDrop, free_blocks
+from fedlm.exchange.compression import LayerDrop, LowRankUpload, free_blocks
 from fedlm.federation.method import Method
 from fedlm.models.config import Kind, ModelConfig
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from fedlm.models.blocks import Anatomy
 
 
 def check(method: Method, model: ModelConfig, kind: Kind) -> None:
-    """Raise UserError if the method's compression finds nothing to reduce; no weights are read.
+    """Raise UserError if one of the method's reductions finds nothing to reduce; no weights are read.
 
     `method` will be prepared with a model without values, so pass a fresh one.
     """
-    if method.config.compression is None:
+    if method.config.compression is None and not isinstance(method.config.upload_compression, LowRankUpload):
         return
     # Most methods have none, and checking a study should not require importing PyTorch.
     import torch
@@ -29,7 +31,23 @@ def check(method: Method, model: ModelConfig, kind: Kind) -> None:
     shapes = build_on_meta(model, kind, 2)
     with torch.device("meta"):
         adapted = method.prepare(shapes, kind)
-    require_reducible(method, find_blocks(adapted))
+    if method.config.compression is not None:
+        require_reducible(method, find_blocks(adapted))
+    if isinstance(method.config.upload_compression, LowRankUpload):
+        require_large_matrix(method, adapted)
+
+
+def require_large_matrix(method: Method, model: Module) -> None:
+    """Raise UserError if no exchanged parameter is large enough for the factors of a low-rank upload."""
+    operator = method.config.upload_compression
+    assert isinstance(operator, LowRankUpload)
+    shapes = [tuple(value.shape) for name, value in model.named_parameters() if name in set(method.exchanged)]
+    if all(operator.rank_of(shape) is None for shape in shapes):
+        raise UserError(
+            f"upload_compression: low_rank of rank {operator.rank} finds no matrix that its factors make "
+            f"smaller by more than {operator.least_rate:g}; allowed: a smaller rank or least_rate, or a "
+            "method that trains large matrices"
+        )
 
 
 def require_reducible(method: Method, anatomy: Anatomy) -> None:

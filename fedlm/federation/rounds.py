@@ -22,6 +22,7 @@ from fedlm.base.randomness import derive, isolated, numpy_stream
 from fedlm.exchange import payload
 from fedlm.exchange.payload import PayloadError
 from fedlm.exchange.pruning import Inputs
+from fedlm.exchange.uploads import Outgoing
 from fedlm.federation.link import Link
 from fedlm.federation.method import Method
 from fedlm.federation.passes import Batch
@@ -62,7 +63,8 @@ class Rounds:
         self.parameters = dict(model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         initial = {name: _first_value(self.parameters[name]) for name in method.exchanged}
-        self.server = Server(dict(initial), initial)
+        optimizer = federation.server_optimizer or method.server_optimizer
+        self.server = Server(dict(initial), initial, optimizer=optimizer)
         self.link = Link(method, self.server, model, seed, observe)
         self.ledger = Ledger(broadcast)
         self.instruments = Instruments()
@@ -140,13 +142,20 @@ class Rounds:
         self.queries += turn.queries
         self.losses.append((turn.loss, len(self.parts[client])))
         with self._timed("upload"):
-            message = payload.encode(self.method.upload(turn), self.method.config.payload)
+            outgoing = self._outgoing(turn)
+            message = payload.encode(outgoing.sent, self.method.config.payload)
             self.ledger.uploaded(client, len(message))
-            tensors = payload.decode(message, self.link.expected(), own=True)
+            tensors = payload.decode(message, self.link.expected(), own=True, known=outgoing.known)
             _require_finite(tensors)
+            turn.keep(outgoing.rest(tensors))
         self.link.uploaded(client, tensors)
         self.server.kept[client] = turn.kept
         return Upload(client, len(self.parts[client]), tensors)
+
+    def _outgoing(self, turn: Turn) -> Outgoing:
+        received = {name: turn.received[name] for name in self.server.initial}
+        reduction = self.method.config.upload_compression
+        return Outgoing(self.method.upload(turn), received, turn.kept, reduction, self.seed)
 
     def _make_turn(self, client: int, round: int, received: dict[str, Tensor]) -> Turn:
         return Turn(

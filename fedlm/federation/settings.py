@@ -1,20 +1,84 @@
 """Settings of the federation, of a client's training and of scoring."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fedlm.base.settings import Settings
 
 
+class Averaging(Settings):
+    """The server's parameters become the clients' mean."""
+
+    name: Literal["none"] = "none"
+
+
+class ServerSgd(Settings):
+    """Steps along the change of the mean; with momentum this is FedAvgM (arXiv:1909.06335)."""
+
+    name: Literal["sgd"]
+    learning_rate: float = Field(1.0, gt=0, le=100)
+    momentum: float = Field(0.0, ge=0, lt=1)
+
+
+class ServerAdaptive(Settings):
+    """FedAdam and FedYogi (arXiv:2003.00295, algorithm 2)."""
+
+    name: Literal["adam", "yogi"]
+    learning_rate: float = Field(0.01, gt=0, le=100)
+    betas: tuple[float, float] = Field((0.9, 0.99), strict=False, description="of the two moments")
+    tau: float = Field(
+        1e-3, gt=0, le=1, description="added to the root of the second moment, which starts at its square"
+    )
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> "ServerAdaptive":
+        _require_below_one(self.betas)
+        return self
+
+
+class ServerAdagrad(Settings):
+    """FedAdagrad (arXiv:2003.00295, algorithm 2)."""
+
+    name: Literal["adagrad"]
+    learning_rate: float = Field(0.01, gt=0, le=100)
+    beta: float = Field(0.0, ge=0, lt=1, description="of the first moment")
+    tau: float = Field(
+        1e-3, gt=0, le=1, description="added to the root of the second moment, which starts at its square"
+    )
+
+
+class ServerAdamW(Settings):
+    """AdamW as in PyTorch, with its correction of the moments' start and its weight decay."""
+
+    name: Literal["adamw"]
+    learning_rate: float = Field(1e-3, gt=0, le=100)
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="of the two moments")
+    epsilon: float = Field(1e-8, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=10)
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> "ServerAdamW":
+        _require_below_one(self.betas)
+        return self
+
+
+ServerOptimizer = Annotated[
+    Averaging | ServerSgd | ServerAdaptive | ServerAdagrad | ServerAdamW, Field(discriminator="name")
+]
+
+
 class Federation(Settings):
-    """Who takes part, and how often."""
+    """Who takes part, how often, and what the server makes of a mean."""
 
     clients: int = Field(8, ge=1, le=1_000_000, description="number of clients")
     rounds: int = Field(3, ge=1, le=100_000, description="number of rounds")
     participation: float = Field(1.0, gt=0, le=1, description="share of the clients sampled in each round")
     dropout_rate: float = Field(
         0.0, ge=0, lt=1, description="probability that a sampled client downloads but never answers"
+    )
+    server_optimizer: ServerOptimizer | None = Field(
+        None, description="how the server follows the clients' mean; None: as the method does, mostly plainly"
     )
 
 
@@ -47,6 +111,10 @@ class Training(Settings):
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> "Training":
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: {self.betas}; allowed: two numbers from 0 to below 1")
+        _require_below_one(self.betas)
         return self
+
+
+def _require_below_one(betas: tuple[float, float]) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: {betas}; allowed: two numbers from 0 to below 1")

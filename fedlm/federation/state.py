@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedlm.federation.server_optimizer import follow
+from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.stored import ClientStates, Store
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ class Server:
 
     `tensors` maps the name of each exchanged parameter to its current value on the CPU, `initial` to its
     value before the first round. `version` counts a parameter's changes, 0 for none. `state` is the method's
-    own (momentum, for example). `kept` is what a client keeps between its turns, by client; it is here since
+    own (control variates, for example), `moments` the state of the server's `optimizer`, by parameter and
+    kind. `kept` is what a client keeps between its turns, by client; it is here since
     the simulation has one process, and no other client reads it. It is in the store's files, as is what
     clients keep of their downloads (see `Link`).
     """
@@ -26,6 +29,8 @@ class Server:
     initial: dict[str, Tensor]
     version: dict[str, int] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: ServerOptimizer = field(default_factory=Averaging)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     store: Store = field(default_factory=Store)
     kept: ClientStates = field(init=False)
 
@@ -40,6 +45,16 @@ class Server:
         """Give a parameter its new value. The old tensor is replaced, never written into."""
         self.tensors[name] = value
         self.version[name] = self.version.get(name, 0) + 1
+
+    def follow(self, name: str, mean: Tensor, start: Tensor | None = None) -> None:
+        """Move a parameter towards a mean of uploads, by the server's optimizer.
+
+        `start` is the value from which the clients started, where that is not the parameter's own. A
+        parameter that no client sent does not move, and its moments wait.
+        """
+        current, moments = self.tensors[name], self.moments.setdefault(name, {})
+        start = current if start is None else start
+        self.update(name, follow(self.optimizer, current, mean, start, moments))
 
 
 class Upload(NamedTuple):

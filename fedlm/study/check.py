@@ -70,6 +70,7 @@ def check(study: Study) -> list[str]:
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             if study.tuning and chosen.tuned_as is None:
                 attempt(f"methods.{name}", partial(_check_trials, study, label, name, found))
+            attempt(f"methods.{name}", partial(_check_averaging, study, label, name, built.averages()))
             virtual, positions = built.virtual_tokens(), found.positions
             if positions is not None and positions - virtual < 8:
                 faults.append(
@@ -106,6 +107,17 @@ def _check_trials(study: Study, task: str, method: str, found: Facts) -> None:
             except ValidationError as error:
                 raise UserError(f"trial {run.trial}: {error.errors()[0]['msg']}") from error
             config.method_class(config.method_settings, config.federation.clients, run.seed).check(found)
+
+
+def _check_averaging(study: Study, task: str, method: str, averages: bool) -> None:
+    """Raise UserError if a server optimizer is asked for where the server averages nothing."""
+    run = study.run(task, next(iter(study.partitions)), method, study.seeds[0])
+    found = run.federation.server_optimizer
+    if found is not None and found.name != "none" and not averages:
+        raise UserError(
+            f"server_optimizer: {found.name}; allowed: none, since the server of {run.method} with these "
+            "settings follows no mean of uploads"
+        )
 
 
 def _require_cuda() -> None:

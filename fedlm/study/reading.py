@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
 from fedlm.data.partition import PartitionConfig
-from fedlm.federation.settings import Federation, Training
+from fedlm.federation.settings import Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
 from fedlm.study.study import LABEL, MethodEntry, Pipeline, Study, TaskEntry, Tuning
@@ -317,6 +317,9 @@ def _method(
     if tuned_as is not None and not isinstance(tuned_as, str):
         reader.fault(f"{path}.tuned_as", f"{shown(tuned_as)}; allowed: the label of another row")
         tuned_as = None
+    optimizer = entry.pop("server_optimizer", None)
+    if optimizer is not None:
+        optimizer = reader.parse(f"{path}.server_optimizer", ServerOptimizer, optimizer)
     title = entry.pop("title", None)
     if title is not None and not (isinstance(title, str) and 0 < len(title) <= 60 and title.isprintable()):
         reader.fault(f"{path}.title", f"{shown(title)}; allowed: one line of up to 60 characters")
@@ -327,7 +330,13 @@ def _method(
     if title is None:
         title = found.title if label == name else f"{found.title} ({label})"
     return MethodEntry(
-        method=name, settings=settings, title=title, training=training, tuned_as=tuned_as, **only
+        method=name,
+        settings=settings,
+        title=title,
+        training=training,
+        tuned_as=tuned_as,
+        server_optimizer=optimizer,
+        **only,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fedlm.data.schemes import PartitionConfig
-from fedlm.federation.settings import Federation, Training
+from fedlm.federation.settings import Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
 from fedlm.study.study import LABEL, Pipeline, Tuning
@@ -47,6 +47,7 @@ def schema() -> str:
         "partitions": label_list,
         "training": training,
         "tuned_as": {"type": "string", "description": "row whose trials choose this row's settings too"},
+        "server_optimizer": {"anyOf": [{"type": "null"}, of(ServerOptimizer)]},
     }
     names = {"pattern": f"^{LABEL.pattern}$"}
     entries = {

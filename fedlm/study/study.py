@@ -17,7 +17,7 @@ from fedlm.base.settings import Settings
 from fedlm.data.schemes import PartitionConfig
 from fedlm.data.task import Task
 from fedlm.federation.method import Method
-from fedlm.federation.settings import Federation, Training
+from fedlm.federation.settings import Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study.plugins import Found, file_of, is_own
 
@@ -69,6 +69,7 @@ class MethodEntry(Settings):
     partitions: list[str] | None = None
     tuned_as: str | None = None
     training: dict[str, Any] = {}
+    server_optimizer: ServerOptimizer | None = None
 
 
 class Run(NamedTuple):
@@ -227,6 +228,8 @@ class Study(Settings):
             searched = settings_of(kind, trial)
         of_training = {key.removeprefix("training."): value for key, value in searched.items() if "." in key}
         of_itself = {key: value for key, value in searched.items() if "." not in key}
+        optimizer = of_method.server_optimizer
+        of_server = {"server_optimizer": optimizer.model_dump()} if optimizer else {}
         return RunConfig(
             study=self.study,
             task_label=task,
@@ -243,7 +246,7 @@ class Study(Settings):
             method=of_method.method,
             method_class=kind,
             method_settings=_merged(of_method.settings, of_itself) if of_itself else of_method.settings,
-            federation=_merged(self.federation, of_task.federation),
+            federation=_merged(self.federation, of_task.federation, of_server),
             training=_merged(self.training, of_task.training, of_method.training, of_training),
         )
 

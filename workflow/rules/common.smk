@@ -212,7 +212,8 @@ def memory_mb(task, method, predictions, attempt):
     """Return the memory of a training job in MB: as predicted, or else as set in the study.
 
     Besides the client's turn the process holds the exchanged parameters five times: the server's first and
-    current values, the running sum, a payload, and a checkpoint being written. What clients keep between their
+    current values, the running sum, a payload, and a checkpoint being written; and twice what the server holds
+    besides, such as an optimizer's moments, since their next values are made from the old ones. What clients keep between their
     turns is on disk. On a GPU job the turn's memory is the GPU's, and the weights only pass through.
     Each further attempt gets half as much again.
     """
@@ -221,7 +222,7 @@ def memory_mb(task, method, predictions, attempt):
         predicted = json.loads(Path(path).read_text()).get(f"{task}/{method}")
         if predicted:
             turn = "parameter_bytes" if study.pipeline.gpus else "peak_memory_bytes"
-            held = 5 * predicted["exchanged_bytes"]
+            held = 5 * predicted["exchanged_bytes"] + 2 * predicted.get("server_bytes", 0)
             needed = PROCESS_MB + (predicted[turn] + held) / 1e6
     return int(needed * (1 + 0.5 * (attempt - 1)))
 
