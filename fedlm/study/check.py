@@ -57,6 +57,8 @@ def check(study: Study) -> None:
                 continue
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
             attempt(f"methods.{name}", partial(built.check, found))
+            training = study.run(label, next(iter(study.partitions)), name, study.seeds[0]).training
+            attempt(f"methods.{name}", partial(built.check_training, training))
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             virtual, positions = built.virtual_tokens(), found.positions
             if positions is not None and positions - virtual < 8:
