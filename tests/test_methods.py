@@ -29,6 +29,8 @@ SETTINGS = {
         {"pooled": True, "switch_every": 2},
         {"blocks_per_turn": 2, "order": "random"},
     ],
+    "fedkseed": [{"pro": True, "seeds": 16}],
+    "fedmezo": [{"variant": "ffa"}],
     "fedprox": [{"mu": 1.0}],
     "scaffold": [{"weights": "examples"}],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
