@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny_study
 import torch
 import worlds
 from hypothesis import given, settings
@@ -14,6 +15,8 @@ from fedlm.base.errors import UserError
 from fedlm.exchange import payload
 from fedlm.federation.settings import Training
 from fedlm.federation.zeroth_order import direction, move, require_plain_steps
+from fedlm.study import reading
+from fedlm.study.check import check
 from methods.fedkseed import FedKSeed, probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +100,7 @@ def test_the_model_of_the_sums_is_the_weighted_mean_of_the_clients_models(client
     assert torch.allclose(method.rebuild({"w": start, "sums": sums})["w"], mean, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_servers_model_is_the_mean_of_the_models_that_the_clients_end_with(place):
     """In a real run, where the mean of unequal clients is taken of what crossed the network."""
     run = worlds.federation(
@@ -131,6 +135,7 @@ def test_a_client_starts_from_the_servers_model_bit_by_bit(place):
     assert starts and all(starts)
 
 
+@pytest.mark.slow
 def test_only_drawn_directions_have_sums_and_both_ways_do_not_grow_with_the_model(seeded, place):
     other = ran("fedkseed", place, seeds=8, family="roberta", kind="regression")
     assert sum(map(math.prod, other.method.shapes.values())) != sum(
@@ -145,6 +150,7 @@ def test_only_drawn_directions_have_sums_and_both_ways_do_not_grow_with_the_mode
     assert 1 <= int(large.server.state["sums"].count_nonzero()) <= 3 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), [("fedkseed", {"seeds": 8}), ("fedmezo", {"rank": 2})])
 def test_queries_are_two_a_step_and_prediction_and_record_agree(method, options, place, padded):  # noqa: F811
     run = ran(method, place, **options)
@@ -202,6 +208,7 @@ def test_no_direction_is_more_than_e_times_as_probable_as_another(history):
     assert float(found.max() / found.min()) <= math.e * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_pro_draws_steep_directions_more_often_and_starts_with_equal_chances(place):
     assert torch.equal(probabilities(torch.zeros(4), torch.zeros(4)), torch.full((4,), 0.25))
     found = probabilities(torch.tensor([4.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]))
@@ -274,3 +281,19 @@ def test_settings_that_would_be_ignored_are_refused_before_any_job(setting, valu
     require_plain_steps(Training())
     with pytest.raises(UserError, match=rf"training\.{setting}: {value}; allowed: "):
         require_plain_steps(Training(**{setting: value}))
+
+
+def test_a_study_with_such_settings_is_refused_by_the_name_of_its_method(tmp_path):
+    methods = {
+        "seeded": {"method": "fedkseed", "training": {"weight_decay": 0.1}},
+        "adapted": {"method": "fedmezo", "training": {"schedule": "linear"}},
+        "plain": {"method": "fedmezo"},
+    }
+    study = reading.load(tiny_study.write(tmp_path, methods=methods))
+    with pytest.raises(UserError) as error:
+        check(study)
+    lines = str(error.value).splitlines()
+    assert [line.partition("; ")[0] for line in lines] == [
+        "methods.seeded: training.weight_decay: 0.1",
+        "methods.adapted: training.schedule: linear",
+    ]
