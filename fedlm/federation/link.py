@@ -96,8 +96,8 @@ class Link:
         """Return the tensors of a payload; raise PayloadError unless they are what the method declares."""
         decoded = payload.decode(message, self.expected(way), own=way == "up")
         for name, entry in self._declared(way).items():
-            alone = "@" not in name or name.partition("@")[0] in decoded
-            if alone and name not in decoded:
+            required = "@" not in name or name.partition("@")[0] in decoded
+            if required and name not in decoded:
                 raise PayloadError(f"{name}: missing; expected {entry}")
         return decoded
 
@@ -147,7 +147,7 @@ class Link:
         decoded = self._decode(message, "down")
         if self.config.cache == "last_visit":
             self._put_away(self._replaced())
-            self._hold(client, {name: decoded[name] for name in decoded if name in self.server.initial})
+            self._hold(client, {name: decoded[name] for name in decoded if name in self.server.tensors})
         copies = {name: copy.load() for name, copy in self.copies.get(client, {}).items()}
         kept = self.server.kept.get(client, {})
         own = {name: kept[name] for name in kept if "@" not in name}
