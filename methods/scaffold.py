@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from fedlm.exchange.declared import Declared
 from fedlm.federation.method import Method, MethodConfig
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ class Scaffold(Method):
 
     title = "SCAFFOLD"
     reference = "arXiv:1910.06378"
-    companions = ("control",)
 
     class Config(MethodConfig):
         """Whether gradients are corrected, and how clients are weighted."""
@@ -39,6 +39,10 @@ class Scaffold(Method):
         )
 
     config: Config
+
+    def messages(self) -> dict[str, Declared]:
+        names = self.exchanged if self.config.corrected else []
+        return {f"{name}@control": Declared(self.shapes[name]) for name in names}
 
     def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
         if not self.config.corrected:

@@ -8,8 +8,10 @@ from test_costs import padded  # noqa: F401
 from fedlm.base.errors import FailedRun
 from fedlm.costs import prediction
 from fedlm.exchange import payload
+from fedlm.exchange.declared import Declared
 from fedlm.federation.loop import Batches
 from fedlm.federation.method import Method, Segment
+from fedlm.federation.turn import steps_of_turn
 from fedlm.models.config import ModelConfig
 from methods.fedavg import FedAvg
 
@@ -204,6 +206,100 @@ def test_passes_that_only_look_are_measured_counted_and_predicted(place, padded)
     found = predicted(run, place)
     assert found.flops == run.flops
     assert found.memory["queries"].peak == pytest.approx(memory.peak, rel=0.01)
+
+
+class Counting(FedAvg):
+    """Sends, instead of parameters, how many steps a turn had; the model counts all of them."""
+
+    title = "Counting"
+    name = "counting"
+    fault = ""
+
+    def messages(self):
+        return {
+            "total": Declared((1,), "int64", ("down",)),
+            "steps": Declared((1,), "int64", ("up",)),
+            "losses": Declared((None,), "float32", ("up",)),
+        }
+
+    def download(self, server, client, round):
+        return {"total": server.state.get("total", torch.zeros(1, dtype=torch.int64))}
+
+    def rebuild(self, received):
+        head = received["classifier.bias"] + float(received["total"])
+        return {**received, "classifier.bias": head}
+
+    def upload(self, turn):
+        sent = {"steps": torch.tensor([turn.steps]), "losses": torch.full((turn.steps,), turn.loss)}
+        if turn.client == 1 and self.fault == "missing":
+            del sent["losses"]
+        elif turn.client == 1 and self.fault == "shape":
+            sent["steps"] = torch.zeros(2, dtype=torch.int64)
+        elif turn.client == 1 and self.fault == "type":
+            sent["steps"] = torch.zeros(1)
+        elif turn.client == 1 and self.fault == "direction":
+            sent["total"] = torch.zeros(1, dtype=torch.int64)
+        return sent
+
+    def merge(self, server, uploads, round):
+        uploads = list(uploads)
+        assert all(upload.tensors["losses"].shape == (int(upload.tensors["steps"]),) for upload in uploads)
+        before = server.state.get("total", torch.zeros(1, dtype=torch.int64))
+        server.state["total"] = before + sum(upload.tensors["steps"] for upload in uploads)
+
+
+def test_messages_that_are_no_parameters_cross_as_declared(place):
+    run = worlds.federation(Counting, place)
+    seen, load = [], run.load
+
+    def noted(values):
+        seen.append(float(values["classifier.bias"][0] - run.server.initial["classifier.bias"][0]))
+        load(values)
+
+    run.load = noted
+    run.run()
+    steps = [len(steps_of_turn(part, run.training, 1, 1, 0)) for part in run.parts]
+    assert int(run.server.state["total"]) == 2 * sum(steps)
+    assert max(seen) == pytest.approx(sum(steps))  # the copy of a client in the second round
+    names = {"total": run.server.state["total"]}
+    assert run.ledger.download == 6 * payload.size(names)
+    assert run.ledger.upload == 2 * sum(
+        payload.size({"steps": torch.zeros(1, dtype=torch.int64), "losses": torch.zeros(count)})
+        for count in steps
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("missing", "losses: missing; expected float32 of shape (any)"),
+        ("shape", "steps: shape (2,); expected int64 of shape (1)"),
+        ("type", "steps: type torch.float32; expected torch.int64"),
+        ("direction", "unknown tensor 'total'"),
+    ],
+)
+def test_a_message_that_is_not_as_declared_names_method_client_and_tensor(fault, message, place):
+    run = worlds.federation(Counting, place)
+    run.method.fault = fault
+    with pytest.raises(FailedRun) as error:
+        run.run()
+    assert str(error.value) == f"method counting, round 1, client 1: {message}"
+
+
+def test_controls_are_required_of_scaffold_where_their_parameter_is_sent(place):
+    run = worlds.federation("scaffold", place)
+    upload = run.method.upload
+
+    def lacking(turn):
+        sent = upload(turn)
+        if turn.client == 2:
+            del sent["classifier.bias@control"]
+        return sent
+
+    run.method.upload = lacking
+    lost = r"client 2: classifier.bias@control: missing; expected float32 of shape \(2\)"
+    with pytest.raises(FailedRun, match=lost):
+        run.run()
 
 
 class Broken(FedAvg):

@@ -29,6 +29,8 @@ SETTINGS = {
         {"pooled": True, "switch_every": 2},
         {"blocks_per_turn": 2, "order": "random"},
     ],
+    "fedkseed": [{"pro": True, "seeds": 16}],
+    "fedmezo": [{"variant": "ffa"}],
     "fedprox": [{"mu": 1.0}],
     "scaffold": [{"weights": "examples"}],
     "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fedlm.exchange import payload
+from fedlm.exchange.declared import Declared
 from fedlm.exchange.payload import PayloadError, Pruned, Quantized, decode, encode, size
 
-KINDS = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.int8, torch.int32]
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
+KINDS += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 entries = st.dictionaries(
     st.text(st.characters(exclude_characters="#", exclude_categories=["Cs"]), min_size=1, max_size=12),
@@ -37,6 +39,31 @@ def test_bytes_are_those_of_safetensors_and_size_predicts_them(described, precis
         assert decoded.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert decoded[name].dtype == tensor.dtype and torch.equal(decoded[name], tensor)
+
+
+DECLARED = Declared((None, 2), "int16")
+
+
+@pytest.mark.parametrize(
+    ("sent", "fault"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int16), None),
+        (torch.zeros(0, 2, dtype=torch.int16), None),
+        (torch.zeros(3, 3, dtype=torch.int16), r"m: shape \(3, 3\); expected int16 of shape \(any, 2\)"),
+        (torch.zeros(3, dtype=torch.int16), r"m: shape \(3,\); expected int16 of shape \(any, 2\)"),
+        (torch.zeros(3, 2, dtype=torch.int32), "m: type torch.int32; expected torch.int16"),
+        (torch.zeros(3, 2), "m: type torch.float32; expected torch.int16"),
+        (Quantized(torch.ones(3, 2)), "m: in a reduced form; expected int16"),
+    ],
+    ids=str,
+)
+def test_what_was_declared_is_what_arrives(sent, fault):
+    message = bytes(encode({"m": sent}))
+    if fault is None:
+        assert torch.equal(decode(message, {"m": DECLARED})["m"], sent)
+        return
+    with pytest.raises(PayloadError, match=fault):
+        decode(message, {"m": DECLARED})
 
 
 def test_the_empty_payload_is_no_message():

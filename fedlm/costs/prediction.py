@@ -212,7 +212,7 @@ class _Rehearsal(Rounds):
         """Return the FLOPs of an instance, done on fake tensors unless an equal one was done before."""
         turn, trained = instance.turn, set(instance.segment.trainable)
         with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
-            self.model.train()
+            self.model.train(backward)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in trained)
             batch = self.make_batch(instance.step[0])

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from fedlm.exchange.declared import Declared
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {  # in the order in which safetensors stores them: the widest first, which aligns them
     torch.int64: "I64",
@@ -31,6 +33,7 @@ _CODES = {  # in the order in which safetensors stores them: the widest first, w
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -272,16 +275,17 @@ def _layout(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tupl
 
 def decode(
     message: Message | bytes,
-    expected: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor | Declared],
     own: bool = False,
     known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors of a payload, checked against what may be in it.
 
-    `expected` holds, for each name that may occur, a tensor of the right shape and type; values come back in
-    that type, on the CPU. With `own` they have memory of their own; without, values that were sent
-    unchanged share the sender's, and must not be written to. `known` holds what the receiver has already of
-    the tensors that arrive as a change or in part (see `changed`), in the order in which they were laid.
+    `expected` holds, for each name that may occur, a tensor of the right shape and type, or the declaration
+    of one that is sent dense; values come back in that type, on the CPU. With `own` they have memory of their
+    own; without, values that were sent unchanged share the sender's, and must not be written to. `known` holds
+    what the receiver has already of the tensors that arrive as a change or in part (see `changed`), in the
+    order in which they were laid.
 
     Raises PayloadError, naming the tensor, on anything else: bytes that are not a payload, an unknown name, a
     wrong shape, a missing part. No more memory is allocated than the message's length and the expected
@@ -304,12 +308,11 @@ def decode(
             raise PayloadError(f"unknown tensor {name[:100]!r}")
         like = expected[name]
         if not kind:
-            if value.shape != like.shape:
-                raise PayloadError(f"{name}: shape {tuple(value.shape)}; expected {tuple(like.shape)}")
-            if value.is_floating_point() != like.is_floating_point():
-                raise PayloadError(f"{name}: type {value.dtype}; expected {like.dtype}")
+            _require_alike(name, value, like)
             place = value.device if value.is_meta else "cpu"
             tensors[name] = value.to(place, like.dtype, copy=own)
+        elif isinstance(like, Declared):
+            raise PayloadError(f"{name}: in a reduced form; expected {like}")
         elif kind == "mask":
             tensors[name] = _pruned(name, value, parts.get(f"{name}#values"), like)
         elif kind == "int8":
@@ -319,6 +322,17 @@ def decode(
         elif f"{name}#{ {'values': 'mask', 'scale': 'int8', 'right': 'left'}.get(kind, '') }" not in parts:
             raise PayloadError(f"{name}: stray part {kind[:40]!r}")
     return tensors
+
+
+def _require_alike(name: str, value: Tensor, like: Tensor | Declared) -> None:
+    """Raise PayloadError unless the value has the shape and the type; any floating type is as good."""
+    same_length = len(value.shape) == len(like.shape)
+    lengths = zip(value.shape, like.shape, strict=False)
+    if not same_length or any(expected not in (found, None) for found, expected in lengths):
+        expected = like if isinstance(like, Declared) else tuple(like.shape)
+        raise PayloadError(f"{name}: shape {tuple(value.shape)}; expected {expected}")
+    if value.dtype != like.dtype and not (value.is_floating_point() and like.dtype.is_floating_point):
+        raise PayloadError(f"{name}: type {value.dtype}; expected {like.dtype}")
 
 
 def _read(message: bytes) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The way from the server to a client: what must travel, in which form, and what the client already has."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch.nn import Module
 
 from fedlm.exchange import compression, payload, pruning
 from fedlm.exchange.compression import LayerDrop, Prune, Quantize, Stale
+from fedlm.exchange.declared import Declared, Way
+from fedlm.exchange.payload import PayloadError
 from fedlm.federation.method import Method
 from fedlm.federation.reducible import require_reducible
 from fedlm.federation.state import Server
@@ -72,11 +74,9 @@ class Link:
             self.linear = pruning.linear_weights(model)
             require_reducible(self.method, self.anatomy)
 
-    def expected(self) -> dict[str, Tensor]:
-        """Return, for every name that may be in a payload, a tensor of its shape and type."""
-        expected = dict(self.server.initial)
-        for name, value in self.server.initial.items():
-            expected |= {f"{name}@{kind}": value for kind in self.method.companions}
+    def expected(self, way: Way) -> dict[str, Tensor | Declared]:
+        """Return, for every name that may be in a payload, its declaration or a tensor like it."""
+        expected: dict[str, Tensor | Declared] = {**self.server.initial, **self._declared(way)}
         if self.config.moments == "handed_on":
             for name, value in self.server.initial.items():
                 expected |= {f"{name}@{key}": value for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
@@ -88,6 +88,20 @@ class Link:
         sent = self._plan(client, round)
         self._note(client, sent)
         return payload.encode(sent, self.config.payload)
+
+    def _declared(self, way: Way) -> dict[str, Declared]:
+        return {name: entry for name, entry in self.method.messages().items() if way in entry.ways}
+
+    def _decode(
+        self, message: payload.Message | bytes, way: Way, known: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a payload; raise PayloadError unless they are what the method declares."""
+        decoded = payload.decode(message, self.expected(way), own=way == "up", known=known)
+        for name, entry in self._declared(way).items():
+            required = "@" not in name or name.partition("@")[0] in decoded
+            if required and name not in decoded:
+                raise PayloadError(f"{name}: missing; expected {entry}")
+        return decoded
 
     def _plan(self, client: int, round: int) -> dict[str, payload.Sendable]:
         """Return what travels to the client, each parameter in the form in which it travels."""
@@ -134,14 +148,23 @@ class Link:
         """
         # Elements that the method did not send are zero.
         zeros = {name: value.new_zeros(()).expand(value.shape) for name, value in self.server.initial.items()}
-        decoded = payload.decode(message, self.expected(), known=zeros)
+        decoded = self._decode(message, "down", zeros)
         if self.config.cache == "last_visit":
             self._put_away(self._replaced())
-            self._hold(client, decoded)
+            self._hold(client, {name: decoded[name] for name in decoded if name in self.server.tensors})
         copies = {name: copy.load() for name, copy in self.copies.get(client, {}).items()}
         kept = self.server.kept.get(client, {})
         own = {name: kept[name] for name in kept if "@" not in name}
         return {**self.server.initial, **copies, **own, **decoded}
+
+    def accept(
+        self, message: payload.Message | bytes, known: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return what the server receives from a client, in memory of its own.
+
+        `known` holds what the server has already of tensors that arrive in part.
+        """
+        return self._decode(message, "up", known or {})
 
     def uploaded(self, client: int, tensors: dict[str, Tensor]) -> None:
         """Note what the server received from a client."""

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression, UploadCompression
+from fedlm.exchange.declared import Declared
 from fedlm.federation.search import LogRange, Search
 from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.state import Segment, Server, Upload
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fedlm.federation.facts import Facts
+    from fedlm.federation.settings import Training
     from fedlm.federation.turn import Turn
     from fedlm.models.blocks import Anatomy
 
@@ -53,8 +55,7 @@ class Method:
 
     Attributes: `name` is the file's; `title` is what tables print; `reference` is an arXiv id or DOI;
     `control` marks bounds and baselines, which are not competitors; `kinds` lists the kinds of task;
-    `companions` names tensors that are sent along with a parameter, as `<parameter>@<companion>`, in its
-    shape; `search` names the settings that a study with `tuning` chooses, at most three, and their ranges;
+    `search` names the settings that a study with `tuning` chooses, at most three, and their ranges;
     `server_optimizer` is how the server follows a mean where the study does not say.
     """
 
@@ -64,11 +65,12 @@ class Method:
     control = False
     kinds: tuple[str, ...] = ("classification", "regression", "causal", "question_answering")
     Config: type[MethodConfig] = MethodConfig
-    companions: tuple[str, ...] = ()
     search: Search = {"training.learning_rate": LogRange(1e-5, 1e-3)}
     server_optimizer: ServerOptimizer = Averaging()
 
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
+    shapes: dict[str, tuple[int, ...]]  # of all parameters of the adapted model, set by `prepare`
+    training: Training  # how clients train, set when the rounds begin
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`
 
     def __init__(self, config: MethodConfig, clients: int, seed: int) -> None:
@@ -82,6 +84,9 @@ class Method:
     def averages(self) -> bool:
         """Return whether `merge` lets the server follow means of uploads, as a server optimizer requires."""
         return True
+
+    def check_training(self, training: Training) -> None:
+        """Raise UserError, before any job starts, if how clients train does not suit the method."""
 
     def virtual_tokens(self) -> int:
         """Return how many of the model's positions the method itself uses."""
@@ -106,6 +111,7 @@ class Method:
         self.anatomy = find_blocks(model)
         with isolated(derive(self.seed, "adapter")):
             adapted = self.adapt(model, kind)
+        self.shapes = {name: tuple(value.shape) for name, value in adapted.named_parameters()}
         self.exchanged = [name for name, value in adapted.named_parameters() if value.requires_grad]
         return adapted
 
@@ -121,9 +127,25 @@ class Method:
         """Split a turn of `steps` optimizer steps into segments."""
         return [Segment("all", self.trainable(client, round), steps)]
 
+    def messages(self) -> dict[str, Declared]:
+        """Declare what crosses the network besides parameters, by name.
+
+        What arrives is checked against this, in each direction. A tensor named `<parameter>@<anything>` goes
+        with that parameter: it is required where the parameter is sent. All others are always required.
+        """
+        return {}
+
     def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
         """Return what the client needs from the server: by default everything that any client trains."""
         return server.tensors
+
+    def rebuild(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the client's copy, made from the values that it received: by default these themselves.
+
+        For a method whose messages are not the parameters. `received` holds the pretrained values, overlaid
+        by what the client kept and was sent; nothing may be written into them.
+        """
+        return received
 
     def train(self, turn: Turn) -> None:
         """Train the turn's model in place: by default local epochs, segment by segment."""

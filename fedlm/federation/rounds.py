@@ -60,6 +60,7 @@ class Rounds:
         self.method, self.model, self.seed = method, model, seed
         self.parts, self.make_batch = parts, make_batch
         self.settings, self.training = federation, training
+        method.training = training
         self.parameters = dict(model.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         initial = {name: _first_value(self.parameters[name]) for name in method.exchanged}
@@ -125,7 +126,7 @@ class Rounds:
         with self._timed("download"):
             message = self.link.send(client, round)
             self.ledger.downloaded(client, len(message))
-            received = self.link.receive(client, message)
+            received = self.method.rebuild(self.link.receive(client, message))
             self.load(received)
         if not self.answers(client, round):
             self.dropped.append(client)
@@ -145,7 +146,7 @@ class Rounds:
             outgoing = self._outgoing(turn)
             message = payload.encode(outgoing.sent, self.method.config.payload)
             self.ledger.uploaded(client, len(message))
-            tensors = payload.decode(message, self.link.expected(), own=True, known=outgoing.known)
+            tensors = self.link.accept(message, outgoing.known)
             _require_finite(tensors)
             turn.keep(outgoing.rest(tensors))
         self.link.uploaded(client, tensors)
@@ -173,10 +174,10 @@ class Rounds:
         )
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Write values into the resident model; companion tensors (name@kind) are left out."""
+        """Write values of parameters into the resident model; other messages are left out."""
         with torch.no_grad():
             for name, value in values.items():
-                if "@" not in name:
+                if name in self.parameters:
                     self.parameters[name].copy_(value)
 
     def _isolated(self, purpose: str, client: int, round: int) -> AbstractContextManager[None]:

@@ -58,7 +58,7 @@ class Turn:
     working copy; `received` the values it started from, which must not be written to; `kept` what the client
     keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `total_rate` the sum of
     the learning rates of the steps so far; `queries` the number of passes that only evaluated (see
-    `evaluate`).
+    `evaluate`); `results` what `train` leaves for `upload`.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Turn:
         self.flops = 0
         self.queries = 0
         self.total_rate = 0.0
+        self.results: dict[str, Tensor] = {}
         self._plan = plan
         self._make_batch = make_batch
         self._instruments = instruments
@@ -164,14 +165,15 @@ class Turn:
     def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
         """Return the mean loss over the segment's number of steps from step `begin` on; train nothing.
 
-        `values` are written into the model first, and stay there. Each forward pass is a query.
+        `values` are written into the model first, and stay there. Each forward pass is a query. The model
+        is in evaluation mode, so that two losses differ by the parameters and not by dropout.
 
         Raises NotFiniteError when the loss is not finite.
         """
         self._write(values)
         plan = self._plan[begin : begin + segment.steps]
         total = torch.zeros((), device=next(iter(self._parameters.values())).device)
-        self.model.train()
+        self.model.eval()
         for step in plan:
             for batch, share in self._weighted(step):
                 total += self._pass(segment, Pass(self.model, batch, self.settings, share, backward=False))
@@ -180,6 +182,10 @@ class Turn:
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss}")
         return loss
+
+    def each_step(self) -> Iterable[int]:
+        """Return the numbers of the turn's steps, for a method that trains without `fit`; in a probe, one."""
+        return range(self.steps)
 
     def observed(self, loss: float) -> None:
         """Record the turn's training loss, for a method that trains without `fit`."""
@@ -319,10 +325,13 @@ class _ProbingTurn(Turn):
             self.met = True
             self.tracker.mark_live("method")
             self._write(values)
-            self.model.train()
+            self.model.eval()
             for batch, share in self._weighted(self.largest_step()):
                 self._pass(segment, Pass(self.model, batch, self.settings, share, backward=False))
         return 0.0
+
+    def each_step(self) -> Iterable[int]:
+        return range(1)
 
     def _is_target(self, segment: Segment) -> bool:
         found = (segment.label, segment.trainable) == (self.target.label, self.target.trainable)

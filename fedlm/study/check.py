@@ -67,6 +67,8 @@ def check(study: Study) -> list[str]:
                 continue
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
             attempt(f"methods.{name}", partial(built.check, found))
+            training = study.run(label, next(iter(study.partitions)), name, study.seeds[0]).training
+            attempt(f"methods.{name}", partial(built.check_training, training))
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             if study.tuning and chosen.tuned_as is None:
                 attempt(f"methods.{name}", partial(_check_trials, study, label, name, found))
