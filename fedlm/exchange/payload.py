@@ -283,7 +283,7 @@ def decode(
 
     `expected` holds, for each name that may occur, a tensor of the right shape and type, or the declaration
     of one that is sent dense; values come back in that type, on the CPU. With `own` they have memory of their
-    own; without, values that were sent unchanged share the sender's, and must not be written to. `known` holds
+    own; without, values that were sent unchanged share the sender's, and must not be written to. `known` is
     what the receiver has already of the tensors that arrive as a change or in part (see `changed`), in the
     order in which they were laid.
 
