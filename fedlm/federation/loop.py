@@ -1,7 +1,7 @@
 """The federation: one loop for every method."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from fedlm.federation.rounds import Rounds
 from fedlm.federation.scoring import score
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
-from fedlm.federation.stored import Stored
+from fedlm.federation.stored import Kept, Stored
 from fedlm.measure.memory import older_objects_set_aside
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Federation(Rounds):
             self._observe,
         )
         self.rounds: list[dict[str, Any]] = []
+        # By split (its examples), the scores of the models that clients keep, by version.
+        self._scored: dict[bytes, dict[str, dict[str, float]]] = {}
         self.began, self.spent = time.perf_counter(), 0.0  # spent: seconds of processes that were interrupted
 
     def run(self, checkpoints: Checkpoints | None = None) -> None:
@@ -85,14 +87,26 @@ class Federation(Rounds):
             self.test = self._score(self.split.test)
 
     def _score(self, indices: numpy.ndarray) -> dict[str, float]:
-        """Return the metrics of the server's model (the mean over models, where a method has several)."""
-        found = []
+        """Return the metrics of the server's model (the mean over models, where a method has several).
+
+        A model that a client keeps has been scored before where it did not change since.
+        """
+        before = self._scored.pop(split := indices.tobytes(), {})
+        found, kept = [], {}
         for values in self.method.models(self.server):
-            self.load({name: values[name] for name in self.method.exchanged})
-            batch_size = self.training.scoring_batch_size
-            autocast = self.training.autocast and getattr(torch, self.training.autocast)
-            found.append(score(self.model, self.data, indices, batch_size, self.device, autocast))
+            version = values.version() if isinstance(values, Kept) else None
+            scores = before.get(version or "") or self._score_model(values, indices)
+            found.append(scores)
+            if version:
+                kept[version] = scores
+        self._scored[split] = kept
         return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
+    def _score_model(self, values: Mapping[str, Tensor], indices: numpy.ndarray) -> dict[str, float]:
+        self.load({name: values[name] for name in self.method.exchanged})
+        batch_size = self.training.scoring_batch_size
+        autocast = self.training.autocast and getattr(torch, self.training.autocast)
+        return score(self.model, self.data, indices, batch_size, self.device, autocast)
 
     def _close(self, round: int, clients: list[int], flops: int, queries: int) -> None:
         """Score the server's model, record the round, log a line."""

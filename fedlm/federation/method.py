@@ -135,7 +135,10 @@ class Method:
             server.update(name, value)
 
     def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
-        """Yield the models to score, as values of the exchanged parameters; their scores are averaged."""
+        """Yield the models to score, as values of the exchanged parameters; their scores are averaged.
+
+        What is in `server.kept`, yielded as it is, is scored only once between two of its changes.
+        """
         yield server.tensors
 
 
