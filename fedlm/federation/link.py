@@ -1,7 +1,7 @@
 """The way from the server to a client: what must travel, in which form, and what the client already has."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,7 +64,7 @@ class Link:
         self._current: weakref.WeakValueDictionary[str, Copy] = weakref.WeakValueDictionary()
         self._latest: weakref.WeakValueDictionary[str, Copy] = weakref.WeakValueDictionary()
         self.seen: dict[int, dict[str, tuple[int, bool]]] = {}
-        self._uploaded: tuple[int, dict[str, Tensor]] | None = None
+        self._uploaded: tuple[int, Mapping[str, Tensor]] | None = None
         self._inputs: tuple[int, dict[str, pruning.Inputs]] = (0, {})  # the round, and what was seen in it
         self._masks: dict[str, tuple[tuple[int, int], Tensor]] = {}
         if self.config.compression:
@@ -141,8 +141,8 @@ class Link:
         own = {name: kept[name] for name in kept if "@" not in name}
         return {**self.server.initial, **copies, **own, **decoded}
 
-    def uploaded(self, client: int, tensors: dict[str, Tensor]) -> None:
-        """Note what the server received from a client."""
+    def uploaded(self, client: int, tensors: Mapping[str, Tensor]) -> None:
+        """Note what the server received from a client that is a cohort of its own."""
         if self.config.cache == "last_visit":
             self._uploaded = (client, tensors)
 

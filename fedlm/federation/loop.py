@@ -49,7 +49,7 @@ class Federation(Rounds):
         self.split, self.log, self.data = split, log, data
         broadcast = payload.size(dict(model.named_parameters()), method.config.payload)
         device = _device(training.device)
-        prepared = method.prepare(model, data.kind).to(device)
+        prepared = method.prepare(model, data.kind)
         if positions and method.virtual_tokens():
             self.data = data.cap_length(positions - method.virtual_tokens())
         super().__init__(
@@ -62,6 +62,7 @@ class Federation(Rounds):
             seed,
             broadcast,
             self._observe,
+            device,
         )
         self.rounds: list[dict[str, Any]] = []
         # By split (its examples), the scores of the models that clients keep, by version.

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression
+from fedlm.exchange.payload import Received
 from fedlm.federation.state import Segment, Server, Upload
 
 if TYPE_CHECKING:
@@ -146,11 +147,15 @@ def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
     """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""
     means: dict[str, tuple[Tensor, float]] = {}
     for upload in uploads:
-        for name, value in upload.tensors.items():
+        tensors = upload.tensors
+        for name in tensors:
             if name in means:
                 mean, weight = means[name]
                 total = weight + upload.examples
+                # Only read, so that it need not be copied out of the message.
+                value = tensors.view(name) if isinstance(tensors, Received) else tensors[name]
                 means[name] = (mean.lerp_(value, upload.examples / total), total)
             else:
-                means[name] = (value, upload.examples)
+                means[name] = (tensors[name], upload.examples)
+        del upload, tensors  # not held while the next client has its turn
     return means
