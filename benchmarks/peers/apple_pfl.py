@@ -27,7 +27,7 @@ class Module(torch.nn.Module):
         return self.model(**batch).loss
 
     def metrics(self, **batch: torch.Tensor) -> dict[str, Weighted]:
-        """Return a number that costs nothing: in its first round pfl also scores, which is no part of this."""
+        """Return a number that costs nothing: pfl also scores in its first round, which is not measured."""
         return {"batches": Weighted(1, 1)}
 
 

@@ -6,8 +6,8 @@ Every program gets the same model (MiniLM, dropout off), the same batches (BBC N
 a process and an environment of its own, which are made in `benchmarks/peers/.environments` when they are not
 there. All programs run in turn, then all again. Printed are the seconds of each repetition, the ratio to the
 bare loop of the same repetition (the median over repetitions), the largest memory of the processes together
-(proportional set size, sampled), processor seconds, and the largest difference of a final weight from the bare
-loop's. `docs/performance.md` says how to read it.
+(proportional set size, sampled), processor seconds, the largest difference of a final weight from the bare
+loop's, and how far a weight moved at most. `docs/performance.md` says how to read it.
 """
 
 import argparse
