@@ -206,7 +206,11 @@ class Batches:
         return int(self.data.windows[indices].sum()) * self.data.batch_length(indices)
 
     def __call__(self, indices: numpy.ndarray) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in self.data.batch(indices).items()}
+        batch = self.data.batch(indices)
+        if self.device.type == "cuda":
+            # From pinned memory the copy does not wait for what the device is still computing.
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
 
 def _device(name: str) -> torch.device:
