@@ -137,6 +137,10 @@ def test_a_resolved_configuration_is_a_study_again():
         ({"partitions": {"dirichlet": {"alpha": -0.1}}}, "partitions.dirichlet.dirichlet.alpha: -0.1; "),
         ({"partitions": {"odd": None}}, "partitions.odd: "),
         ({"seeds": [1, 1]}, "seeds: [1, 1]; allowed: a list of different whole numbers"),
+        (
+            {"pipeline": {"checkpoint_seconds": -1}},
+            "pipeline.checkpoint_seconds: -1; Input should be greater than or equal to 0",
+        ),
         ({"study": "../up"}, "study: '../up'; allowed: up to 64 letters"),
         ({"partitions": {"A": {"scheme": "iid"}, "a": {"scheme": "iid"}}}, "'A' and 'a' differ only in case"),
         (

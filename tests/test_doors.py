@@ -9,9 +9,11 @@ from fedlm.base.errors import FailedRun
 from fedlm.costs import prediction
 from fedlm.exchange import payload
 from fedlm.exchange.declared import Declared
+from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Batches
 from fedlm.federation.method import Method, Segment
 from fedlm.federation.turn import steps_of_turn
+from fedlm.jobs.failures import describe
 from fedlm.models.config import ModelConfig
 from methods.fedavg import FedAvg
 
@@ -303,14 +305,15 @@ def test_controls_are_required_of_scaffold_where_their_parameter_is_sent(place):
 
 
 class Broken(FedAvg):
-    """A term or a correction with a fault."""
+    """A term or a correction with a fault, of client 1 in round 2."""
 
+    name = "broken"
     title = "Broken"
     fault = ""
 
     def train(self, turn):
         for segment in self.segments(turn.client, turn.round, turn.steps):
-            if turn.client == 0:
+            if not self.fault or (turn.round, turn.client) != (2, 1):
                 turn.fit(segment)
             elif self.fault == "term":
                 turn.fit(segment, term=lambda p: p["classifier.bias"].sum() * float("nan"))
@@ -345,14 +348,27 @@ def test_fedprox_adds_the_gradient_of_its_term(place):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("term", "the loss is nan"), ("shape", "has shape (1, 16); allowed: (256, 16)")]
+    ("fault", "message"),
+    [
+        ("term", "the loss is nan"),
+        (
+            "shape",
+            "the correction of bert.embeddings.word_embeddings.weight has shape (1, 16); allowed: (256, 16)",
+        ),
+    ],
 )
-def test_a_fault_names_method_round_and_client(fault, message, place):
-    run = worlds.federation(Broken, place)
+def test_a_fault_is_one_line_and_costs_nothing_that_was_finished(fault, message, place, tmp_path):
+    options = {"training": {"local_steps": 1}}
+    run = worlds.federation(Broken, place, **options)
     run.method.fault = fault
-    with pytest.raises(FailedRun, match=r"round 1, client 1: ") as error:
-        run.run()
-    assert message in str(error.value)
+    with pytest.raises(FailedRun) as error:
+        run.run(Checkpoints(tmp_path, "mine", print))
+    assert describe(error.value) == f"method broken, round 2, client 1: {message}"
+    lines = []
+    mended = worlds.federation(Broken, place, log=lines.append, **options)
+    mended.run(Checkpoints(tmp_path, "mine", print))
+    assert lines[0] == "resumed after round 1/2"
+    assert final(mended) == final(ran("fedavg", place, **options))
 
 
 def test_a_method_whose_training_leaves_out_a_segment_is_reported(place):

@@ -11,8 +11,9 @@ from safetensors.torch import load
 
 from fedlm.base.errors import FailedRun
 from fedlm.exchange import payload
+from fedlm.federation import loop
 from fedlm.federation.checkpoint import Checkpoints, remove_checkpoints
-from fedlm.federation.stored import ClientStates, StorageError, Store
+from fedlm.federation.stored import ClientStates, Kept, StorageError, Store
 from fedlm.federation.turn import Turn
 from fedlm.jobs.failures import describe
 
@@ -130,6 +131,57 @@ def test_what_is_unchanged_is_not_written_again(store):
     states[3] = {}
     del before
     assert 3 not in states and names(store) == []
+
+
+def test_a_version_is_that_of_all_values(store):
+    states = ClientStates(store)
+    states[3] = {"a": torch.ones(2), "b": torch.zeros(2)}
+    first = states[3].version()
+    states[3] = dict(states[3])
+    assert states[3].version() == first
+    states[3] = {**states[3], "b": torch.zeros(2)}
+    second = states[3].version()
+    states[3] = {"a": states[3]["a"]}
+    assert len({first, second, states[3].version()}) == 3
+
+
+# --- scoring
+
+
+def scored(run, monkeypatch) -> list[int]:
+    """Run; return how many models were scored in each scoring: the baseline, each round, the test."""
+    counts, score = [], loop.score
+
+    def counted(*arguments):
+        counts[-1] += 1
+        return score(*arguments)
+
+    def scoring(indices, scores=run._score):
+        counts.append(0)
+        return scores(indices)
+
+    monkeypatch.setattr(loop, "score", counted)
+    run._score = scoring
+    run.run()
+    monkeypatch.setattr(loop, "score", score)
+    return counts
+
+
+@pytest.mark.parametrize("moments", ["reset", "client"])
+def test_a_client_s_model_is_scored_where_it_changed(place, quick, monkeypatch, moments):
+    options = {"clients": 6, "rounds": 4, "federation": {"participation": 0.34}, "moments": moments}
+    run, again = federation(place, **options), federation(place, **options)
+    sampled = [run.sample(round) for round in range(1, 5)]
+    assert scored(run, monkeypatch) == [1, *map(len, sampled), len(set().union(*sampled))]
+    monkeypatch.setattr(Kept, "version", lambda self: None)  # nothing is known to be unchanged
+    seen = [len(set().union(*sampled[:rounds])) for rounds in range(1, 5)]
+    assert scored(again, monkeypatch) == [1, *seen, seen[-1]] and seen[-1] > len(sampled[-1])
+    assert [row["validation"] for row in run.rounds] == [row["validation"] for row in again.rounds]
+    assert outcome(run) == outcome(again)
+
+
+def test_a_client_that_trains_again_is_scored_again(place, quick, monkeypatch):
+    assert scored(federation(place, rounds=3), monkeypatch) == [1, 3, 3, 3, 3]
 
 
 # --- with checkpoints

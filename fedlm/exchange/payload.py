@@ -13,9 +13,11 @@ each stored as parts whose names end in `#<part>`:
                 *#chosen                    in the shorter of two forms, and their values
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -273,6 +275,61 @@ def _layout(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tupl
     return [entry[0] for entry in order], len(text).to_bytes(8, "little") + text
 
 
+class Received(MutableMapping[str, Tensor]):
+    """The tensors of a payload, by name, each with memory of its own from when it is first asked for.
+
+    Until then the values that were sent unchanged are in the sender's memory: before that is written to,
+    `own_all` must be called.
+    """
+
+    def __init__(self, shared: dict[str, tuple[Tensor, torch.dtype]], tensors: dict[str, Tensor]) -> None:
+        self._shared, self._own = shared, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._shared:
+            value, kind = self._shared[name]
+            self._own[name] = value.to(_host(value), kind, copy=True)
+            del self._shared[name]
+        return self._own[name]
+
+    def view(self, name: str) -> Tensor:
+        """Return a tensor that must not be written to, and is read before the sender's memory changes."""
+        if name not in self._shared:
+            return self._own[name]
+        value, kind = self._shared[name]
+        return value.to(_host(value), kind)
+
+    def sent(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors where they are, in the form in which they were sent; not to be written to."""
+        for name in self:
+            yield name, self._shared[name][0] if name in self._shared else self._own[name]
+
+    def own_all(self) -> None:
+        """Give all tensors memory of their own."""
+        for name in list(self._shared):
+            self[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._shared.pop(name, None)
+        self._own[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del (self._shared if name in self._shared else self._own)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._shared, *self._own])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shared or name in self._own
+
+    def __len__(self) -> int:
+        return len(self._shared) + len(self._own)
+
+
+def _host(tensor: Tensor) -> torch.device:
+    return tensor.device if tensor.is_meta else torch.device("cpu")
+
+
 def decode(
     message: Message | bytes,
     expected: Mapping[str, Tensor | Declared],
@@ -291,9 +348,23 @@ def decode(
     wrong shape, a missing part. No more memory is allocated than the message's length and the expected
     shapes account for.
     """
+    received = receive(message, expected, known)
+    return {name: received[name] if own else received.view(name) for name in received}
+
+
+def receive(
+    message: Message | bytes,
+    expected: Mapping[str, Tensor | Declared],
+    known: Mapping[str, Tensor] | None = None,
+) -> Received:
+    """Return what `decode` returns with `own`, but each tensor is copied when it is asked for.
+
+    So one tensor is in memory at a time where they are used one after the other. All checks are made at once.
+    """
     if not message:
-        return {}
+        return Received({}, {})
     parts = message.parts if isinstance(message, Message) else _read(message)
+    shared: dict[str, tuple[Tensor, torch.dtype]] = {}
     tensors: dict[str, Tensor] = {}
     known = known or {}
     for part, value in parts.items():
@@ -309,8 +380,7 @@ def decode(
         like = expected[name]
         if not kind:
             _require_alike(name, value, like)
-            place = value.device if value.is_meta else "cpu"
-            tensors[name] = value.to(place, like.dtype, copy=own)
+            shared[name] = value, like.dtype
         elif isinstance(like, Declared):
             raise PayloadError(f"{name}: in a reduced form; expected {like}")
         elif kind == "mask":
@@ -321,7 +391,7 @@ def decode(
             tensors[name] = _low_rank(name, value, parts.get(f"{name}#right"), known[name])
         elif f"{name}#{ {'values': 'mask', 'scale': 'int8', 'right': 'left'}.get(kind, '') }" not in parts:
             raise PayloadError(f"{name}: stray part {kind[:40]!r}")
-    return tensors
+    return Received(shared, tensors)
 
 
 def _require_alike(name: str, value: Tensor, like: Tensor | Declared) -> None:

@@ -66,7 +66,7 @@ class Link:
         self._current: weakref.WeakValueDictionary[str, Copy] = weakref.WeakValueDictionary()
         self._latest: weakref.WeakValueDictionary[str, Copy] = weakref.WeakValueDictionary()
         self.seen: dict[int, dict[str, tuple[int, bool]]] = {}
-        self._uploaded: tuple[int, dict[str, Tensor]] | None = None
+        self._uploaded: tuple[int, Mapping[str, Tensor]] | None = None
         self._inputs: tuple[int, dict[str, pruning.Inputs]] = (0, {})  # the round, and what was seen in it
         self._masks: dict[str, tuple[tuple[int, int], Tensor]] = {}
         if self.config.compression:
@@ -92,16 +92,12 @@ class Link:
     def _declared(self, way: Way) -> dict[str, Declared]:
         return {name: entry for name, entry in self.method.messages().items() if way in entry.ways}
 
-    def _decode(
-        self, message: payload.Message | bytes, way: Way, known: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the tensors of a payload; raise PayloadError unless they are what the method declares."""
-        decoded = payload.decode(message, self.expected(way), own=way == "up", known=known)
+    def _require_declared(self, received: Mapping[str, Tensor], way: Way) -> None:
+        """Raise PayloadError unless everything that the method declares has arrived."""
         for name, entry in self._declared(way).items():
-            required = "@" not in name or name.partition("@")[0] in decoded
-            if required and name not in decoded:
+            required = "@" not in name or name.partition("@")[0] in received
+            if required and name not in received:
                 raise PayloadError(f"{name}: missing; expected {entry}")
-        return decoded
 
     def _plan(self, client: int, round: int) -> dict[str, payload.Sendable]:
         """Return what travels to the client, each parameter in the form in which it travels."""
@@ -148,7 +144,8 @@ class Link:
         """
         # Elements that the method did not send are zero.
         zeros = {name: value.new_zeros(()).expand(value.shape) for name, value in self.server.initial.items()}
-        decoded = self._decode(message, "down", zeros)
+        decoded = payload.decode(message, self.expected("down"), known=zeros)
+        self._require_declared(decoded, "down")
         if self.config.cache == "last_visit":
             self._put_away(self._replaced())
             self._hold(client, {name: decoded[name] for name in decoded if name in self.server.tensors})
@@ -159,15 +156,17 @@ class Link:
 
     def accept(
         self, message: payload.Message | bytes, known: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Return what the server receives from a client, in memory of its own.
+    ) -> payload.Received:
+        """Return what the server receives from a client, each tensor copied when it is asked for.
 
         `known` holds what the server has already of tensors that arrive in part.
         """
-        return self._decode(message, "up", known or {})
+        received = payload.receive(message, self.expected("up"), known)
+        self._require_declared(received, "up")
+        return received
 
-    def uploaded(self, client: int, tensors: dict[str, Tensor]) -> None:
-        """Note what the server received from a client."""
+    def uploaded(self, client: int, tensors: Mapping[str, Tensor]) -> None:
+        """Note what the server received from a client that is a cohort of its own."""
         if self.config.cache == "last_visit":
             self._uploaded = (client, tensors)
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from fedlm.federation.rounds import Rounds
 from fedlm.federation.scoring import score
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
-from fedlm.federation.stored import Stored
+from fedlm.federation.stored import Kept, Stored
 from fedlm.measure.memory import older_objects_set_aside
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Federation(Rounds):
         self.split, self.log, self.data = split, log, data
         broadcast = payload.size(dict(model.named_parameters()), method.config.payload)
         device = _device(training.device)
-        prepared = method.prepare(model, data.kind).to(device)
+        prepared = method.prepare(model, data.kind)
         if positions and method.virtual_tokens():
             self.data = data.cap_length(positions - method.virtual_tokens())
         super().__init__(
@@ -64,8 +64,11 @@ class Federation(Rounds):
             seed,
             broadcast,
             self._observe,
+            device,
         )
         self.rounds: list[dict[str, Any]] = []
+        # By split (its examples), the scores of the models that clients keep, by version.
+        self._scored: dict[bytes, dict[str, dict[str, float]]] = {}
         self.began, self.spent = time.perf_counter(), 0.0  # spent: seconds of processes that were interrupted
 
     def run(self, checkpoints: Checkpoints | None = None, test: bool = True) -> None:
@@ -90,18 +93,30 @@ class Federation(Rounds):
             self.test = self._score(self.split.test) if test else None
 
     def _score(self, indices: numpy.ndarray) -> dict[str, float]:
-        """Return the metrics of the server's model (the mean over models, where a method has several)."""
-        found = []
+        """Return the metrics of the server's model (the mean over models, where a method has several).
+
+        A model that a client keeps has been scored before where it did not change since.
+        """
+        before = self._scored.pop(split := indices.tobytes(), {})
+        found, kept = [], {}
         for values in self.method.models(self.server):
-            self.load({name: values[name] for name in self.method.exchanged})
-            batch_size = self.training.scoring_batch_size
-            autocast = self.training.autocast and getattr(torch, self.training.autocast)
-            found.append(score(self.model, self.data, indices, batch_size, self.device, autocast))
-        scores = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-        for name, value in scores.items():
+            version = values.version() if isinstance(values, Kept) else None
+            scores = before.get(version or "") or self._score_model(values, indices)
+            found.append(scores)
+            if version:
+                kept[version] = scores
+        self._scored[split] = kept
+        means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+        for name, value in means.items():
             if not math.isfinite(value):
                 raise DivergedRun(f"method {self.method.name}: the {name} of the server's model is {value}")
-        return scores
+        return means
+
+    def _score_model(self, values: Mapping[str, Tensor], indices: numpy.ndarray) -> dict[str, float]:
+        self.load({name: values[name] for name in self.method.exchanged})
+        batch_size = self.training.scoring_batch_size
+        autocast = self.training.autocast and getattr(torch, self.training.autocast)
+        return score(self.model, self.data, indices, batch_size, self.device, autocast)
 
     def _close(self, round: int, clients: list[int], flops: int, queries: int) -> None:
         """Score the server's model, record the round, log a line."""
@@ -208,7 +223,11 @@ class Batches:
         return int(self.data.windows[indices].sum()) * self.data.batch_length(indices)
 
     def __call__(self, indices: numpy.ndarray) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in self.data.batch(indices).items()}
+        batch = self.data.batch(indices)
+        if self.device.type == "cuda":
+            # From pinned memory the copy does not wait for what the device is still computing.
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
 
 def _device(name: str) -> torch.device:

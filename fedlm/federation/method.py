@@ -14,6 +14,7 @@ from pydantic import Field
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression, UploadCompression
 from fedlm.exchange.declared import Declared
+from fedlm.exchange.payload import Received
 from fedlm.federation.search import LogRange, Search
 from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.state import Segment, Server, Upload
@@ -172,7 +173,10 @@ class Method:
                 server.follow(name, value)
 
     def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
-        """Yield the models to score, as values of the exchanged parameters; their scores are averaged."""
+        """Yield the models to score, as values of the exchanged parameters; their scores are averaged.
+
+        What is in `server.kept`, yielded as it is, is scored only once between two of its changes.
+        """
         yield server.tensors
 
 
@@ -180,11 +184,15 @@ def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
     """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""
     means: dict[str, tuple[Tensor, float]] = {}
     for upload in uploads:
-        for name, value in upload.tensors.items():
+        tensors = upload.tensors
+        for name in tensors:
             if name in means:
                 mean, weight = means[name]
                 total = weight + upload.examples
+                # Only read, so that it need not be copied out of the message.
+                value = tensors.view(name) if isinstance(tensors, Received) else tensors[name]
                 means[name] = (mean.lerp_(value, upload.examples / total), total)
             else:
-                means[name] = (value, upload.examples)
+                means[name] = (tensors[name], upload.examples)
+        del upload, tensors  # not held while the next client has its turn
     return means

@@ -10,7 +10,8 @@ values (meta): copying and decoding them does nothing, and the turn records its 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy
@@ -20,7 +21,7 @@ from torch import Tensor
 from fedlm.base.errors import DivergedRun, FailedRun
 from fedlm.base.randomness import derive, isolated, numpy_stream
 from fedlm.exchange import payload
-from fedlm.exchange.payload import PayloadError
+from fedlm.exchange.payload import PayloadError, Received
 from fedlm.exchange.pruning import Inputs
 from fedlm.exchange.uploads import Outgoing
 from fedlm.federation.link import Link
@@ -40,9 +41,10 @@ CLOCK = ("download", "probe", "train", "upload", "merge", "score")
 class Rounds:
     """The rounds of a run: `play(round)` takes the server from one state to the next.
 
-    `model` is as the method prepared it; `parts` holds each client's examples, `make_batch` makes a batch of
-    them; `broadcast` is the size of the pretrained model in bytes. `observe` returns what the linear layers
-    are given on so many calibration examples, for compressions that need it.
+    `model` is as the method prepared it, and is moved to `device`, if one is given; `parts` holds each
+    client's examples, `make_batch` makes a batch of them; `broadcast` is the size of the pretrained model in
+    bytes. `observe` returns what the linear layers are given on so many calibration examples, for
+    compressions that need it.
     """
 
     def __init__(
@@ -56,14 +58,18 @@ class Rounds:
         seed: int,
         broadcast: int,
         observe: Callable[[int], dict[str, Inputs]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.method, self.model, self.seed = method, model, seed
         self.parts, self.make_batch = parts, make_batch
         self.settings, self.training = federation, training
         method.training = training
         self.parameters = dict(model.named_parameters())
+        stays = device is None or device.type == "cpu"
+        initial = {name: _first_value(self.parameters[name], stays) for name in method.exchanged}
+        if device is not None:
+            model.to(device)
         self.device = next(iter(self.parameters.values())).device
-        initial = {name: _first_value(self.parameters[name]) for name in method.exchanged}
         optimizer = federation.server_optimizer or method.server_optimizer
         self.server = Server(dict(initial), initial, optimizer=optimizer)
         self.link = Link(method, self.server, model, seed, observe)
@@ -75,6 +81,7 @@ class Rounds:
         self.flops = 0
         self.queries = 0
         self.cuda_peak = 0
+        self._uploaded: weakref.ref[MutableMapping[str, Tensor]] | None = None  # the last one
 
     def play(self, round: int) -> list[int]:
         """Run the turns of the round's clients and merge their uploads; return the clients."""
@@ -101,6 +108,7 @@ class Rounds:
         self.method.merge(self.server, self._uploads(cohort, round), round)
         try:
             self.link.merged(cohort)
+            self._own_upload()
         except StorageError as error:
             raise self._failed(round, cohort, error) from error
         self.clock["merge"] += time.perf_counter() - started - (sum(self.clock.values()) - turns)
@@ -108,12 +116,23 @@ class Rounds:
     def _uploads(self, cohort: list[int], round: int) -> Iterator[Upload]:
         """Yield the uploads of a cohort, running each client's turn when its upload is asked for."""
         for client in cohort:
+            self._own_upload()
             try:
                 upload = self._turn(client, round)
             except (TurnError, PayloadError, StorageError) as error:
                 raise self._failed(round, [client], error) from error
             if upload:
+                if len(cohort) == 1:
+                    self.link.uploaded(client, upload.tensors)
+                self._uploaded = weakref.ref(upload.tensors)
                 yield upload
+            del upload  # so that nobody holds it but a method that needs it
+
+    def _own_upload(self) -> None:
+        """Take an upload that is still in use out of the resident model, which is about to change."""
+        upload = self._uploaded() if self._uploaded else None
+        if isinstance(upload, Received):
+            upload.own_all()
 
     def _failed(self, round: int, clients: list[int], error: Exception) -> FailedRun:
         where = f"client {clients[0]}" if len(clients) == 1 else f"clients {clients[0]} to {clients[-1]}"
@@ -147,9 +166,8 @@ class Rounds:
             message = payload.encode(outgoing.sent, self.method.config.payload)
             self.ledger.uploaded(client, len(message))
             tensors = self.link.accept(message, outgoing.known)
-            _require_finite(tensors)
+            _require_finite(tensors.sent())
             turn.keep(outgoing.rest(tensors))
-        self.link.uploaded(client, tensors)
         self.server.kept[client] = turn.kept
         return Upload(client, len(self.parts[client]), tensors)
 
@@ -202,17 +220,32 @@ class Rounds:
             self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
 
 
-def _require_finite(tensors: dict[str, Tensor]) -> None:
-    for name, value in tensors.items():
-        if value.is_meta or not value.numel() or not value.is_floating_point():
-            continue
-        # One pass without a temporary: NaN and infinity survive a maximum.
-        if not math.isfinite(torch.linalg.vector_norm(value, math.inf)):
+def _require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    # One pass without a temporary: NaN and infinity survive a maximum.
+    largest = {
+        name: torch.linalg.vector_norm(value, math.inf).double()
+        for name, value in tensors
+        if not value.is_meta and value.numel() and value.is_floating_point()
+    }
+    # One transfer from the device for all.
+    for name, value in zip(
+        largest, torch.stack([*largest.values()]).tolist() if largest else [], strict=True
+    ):
+        if not math.isfinite(value):
             raise NotFiniteError(f"the update of {name} is not finite")
 
 
-def _first_value(parameter: Tensor) -> Tensor:
-    """Return a parameter's value as the server holds it: a float32 copy on the CPU."""
-    if parameter.is_meta:
+def _first_value(parameter: torch.nn.Parameter, stays: bool) -> Tensor:
+    """Return a parameter's value as the server holds it: in float32, on the CPU, in memory of its own.
+
+    Transformers maps weights from their file, which costs no memory. So it is the parameter that gets a copy,
+    here where it `stays` on the CPU.
+    """
+    value = parameter.detach()
+    if value.is_meta:
         return torch.empty(parameter.shape, dtype=torch.float32, device="meta")
-    return parameter.detach().to("cpu", torch.float32, copy=True)
+    if value.device.type != "cpu" or value.dtype != torch.float32:
+        return value.to("cpu", torch.float32, copy=True)
+    if stays:
+        parameter.data = value.clone()
+    return value

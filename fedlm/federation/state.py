@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,11 +59,14 @@ class Server:
 
 
 class Upload(NamedTuple):
-    """What the server received from one client."""
+    """What the server received from one client: the tensors, by name, which the method may write to.
+
+    Each is copied from the message when it is first asked for (see `payload.Received`).
+    """
 
     client: int
     examples: int
-    tensors: dict[str, Tensor]
+    tensors: MutableMapping[str, Tensor]
 
 
 class Segment(NamedTuple):

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedlm.base.files import sha256
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -195,6 +197,14 @@ class Kept(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._handles)
+
+    def version(self) -> str:
+        """Return a digest that is equal for equal versions, and never the same for two different ones.
+
+        A stored file is written once and its name is never used again, so the places of the tensors tell.
+        """
+        places = [(name, one.file and one.file.name, one.offset) for name, one in self._handles.items()]
+        return sha256(repr(sorted(places)).encode())
 
 
 class ClientStates(MutableMapping[int, Mapping[str, "Tensor"]]):

@@ -1,0 +1,135 @@
+"""What a process holds beside the model: at most two copies of the exchanged parameters, of SmolLM2."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def model_folder(folder: Path) -> Path:
+    """Return SmolLM2 where it was made before; otherwise a model of its shape with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    from fedlm.base import downloads
+    from fedlm.models import embedded, loading
+    from fedlm.models.config import ModelConfig
+
+    made = downloads.folder() / f"smollm2-{embedded.SMOLLM2_SHA256[:12]}"
+    if (made / "model.safetensors").is_file():
+        return made
+    shape = loading.build_config(ModelConfig(source="smollm2"), "causal", 2)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    return folder
+
+
+def own_memory() -> int:
+    """Return the process's resident memory that is in no file, in bytes: what the system cannot drop."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+class Watch:
+    """The largest memory while it watches, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.largest, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.002):
+            self.look()
+
+    def look(self) -> None:
+        self.largest = max(self.largest, own_memory())
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def play(folder: str, name: str, settings: str) -> None:
+    """Play three rounds of three clients; print bytes of the model, the exchanged parameters, and memory.
+
+    Training only scales what is trained, so that gradients and the optimizer's state do not count.
+    """
+    import numpy
+    import torch
+
+    from fedlm.federation.rounds import Rounds
+    from fedlm.federation.settings import Federation, Training
+    from fedlm.models import loading
+    from fedlm.models.config import ModelConfig
+    from fedlm.study.plugins import discover_methods
+
+    torch.set_num_threads(1)
+    model = loading.load(ModelConfig(source=folder), "classification", 2, 0)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    kind = discover_methods()[name]
+    before = own_memory()  # the model's weights are still in their file
+
+    class Scaled(kind):
+        title = "Scaled"
+
+        def segments(self, client, round, steps):
+            return []
+
+        def train(self, turn):
+            parameters = dict(turn.model.named_parameters())
+            with torch.no_grad():
+                for trained in self.trainable(turn.client, turn.round):
+                    parameters[trained].mul_(1 - 0.01 * (turn.client + 1))
+            turn.observed(1.0)
+            watch.look()
+
+    method = Scaled(kind.Config(**json.loads(settings)), 3, 1)
+    with Watch() as watch:
+        prepared = method.prepare(model, "classification")
+        training = Training(local_steps=1, device="cpu")
+        parts = [numpy.arange(4)] * 3
+        rounds = Rounds(
+            method, prepared, parts, lambda i: {}, Federation(clients=3, rounds=3), training, 1, 0
+        )
+        loaded = own_memory()
+        for number in (1, 2, 3):
+            rounds.play(number)
+    exchanged = sum(value.nbytes for value in rounds.server.initial.values())
+    sizes = {"weights": weights, "exchanged": exchanged}
+    print(json.dumps({**sizes, "loaded": loaded - before, "peak": watch.largest - before}))
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
+@pytest.mark.parametrize(
+    ("name", "settings", "copies"),
+    [("fedavg", {}, 2), ("fedcybgd", {}, 1), ("fedcybgd", {"cache": "last_visit"}, 1)],
+)
+def test_a_turn_holds_few_copies_of_what_is_exchanged(name, settings, copies, smollm2):
+    """FedAvg holds the server's values and the mean; FedCyBGD the server's values that changed so far."""
+    command = [sys.executable, __file__, str(smollm2), name, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    slack = 0.15 * found["exchanged"]  # of the allocator, and code that is read when it is first used
+    assert found["exchanged"] > 400e6
+    # The first values stay in their file, and only the model is in memory.
+    assert found["loaded"] <= found["weights"] + slack
+    assert found["peak"] <= found["weights"] + copies * found["exchanged"] + slack
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    play(*sys.argv[1:])
