@@ -3,7 +3,6 @@
 Snakemake meets the same obstacles later, and ends in messages of its own that do not name the remedy.
 """
 
-import errno
 import fcntl
 import os
 import shlex
@@ -69,9 +68,8 @@ def in_progress(study: Study, root: Path) -> Iterator[tuple[Run, int | None]]:
         except BlockingIOError:
             text = lock.read_text().strip()
             yield run, int(text) if text.isdigit() else None
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
-                raise
+        except OSError:  # absent, unreadable, or on a file system without locks: nothing is known
+            continue
 
 
 def announce(study: Study, root: Path) -> list[str]:
