@@ -483,6 +483,8 @@ def test_a_run_that_goes_on_is_announced_with_its_process(tmp_path, plain):
     study = parse(plain)
     folders, run = running.Folders("study", tmp_path), next(study.runs())
     assert obstacles.announce(study, folders.root) == []
+    (tmp_path / "file").write_text("where a folder should be")
+    assert obstacles.announce(study, tmp_path / "file") == []
     with locked(folders.checkpoints(run) / "lock", lambda: None):
         assert list(obstacles.in_progress(study, folders.root)) == [(run, None)]
         (folders.checkpoints(run) / "lock").write_text("123")

@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas
@@ -238,3 +240,43 @@ def test_a_bad_study_is_refused_before_any_job(tmp_path):
     status, output = place.snakemake("--config", "rounds=3")
     assert status == 2
     assert "settings belong in the study file" in output
+
+
+def test_what_stands_in_the_way_is_said_in_a_line_before_the_first_job(tmp_path):
+    place = Place(tmp_path, methods={"head_only": None})
+    data = tmp_path / "own" / "data.csv"
+    os.utime(data, (time.time() + 86_400,) * 2)
+    status, output = place.snakemake()
+    assert status == 2 and f"put it right: touch {data}" in output
+    assert "Traceback" not in output and "WorkflowError" not in output and "Job " not in output
+    os.utime(data)
+    (tmp_path / "results").write_text("mine")
+    status, output = place.snakemake()
+    assert status == 1 and "error: results/tiny: a file is where a folder should be" in output
+    assert "Traceback" not in output and "WorkflowError" not in output and "Preparing" not in output
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+def test_a_run_that_outlives_a_killed_snakemake_is_announced_and_its_record_taken(tmp_path):
+    place = Place(tmp_path, methods={"fedavg": None}, federation={"clients": 2, "rounds": 3000})
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(place.study)]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+    until = time.monotonic() + 300
+    while "round 2/3000" not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.2)
+    first.kill()
+    first.wait()
+    status, output = place.snakemake("--unlock")
+    assert status == 0, output
+    announced = re.search(
+        r"films/iid/fedavg/seed1: process (\d+) of an earlier start is still making it", output
+    )
+    assert announced, output
+    # As the line says; otherwise it would go on for long after this test.
+    os.kill(int(announced[1]), signal.SIGTERM)
+    while "stops after this round" not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.2)
+    assert "stops after this round" in log.read_text()

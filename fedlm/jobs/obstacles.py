@@ -3,7 +3,6 @@
 Snakemake meets the same obstacles later, and ends in messages of its own that do not name the remedy.
 """
 
-import errno
 import fcntl
 import os
 import shlex
@@ -39,14 +38,27 @@ def check_times(study: Study) -> None:
         raise UserError("\n".join(dict.fromkeys(faults)))
 
 
+def check_folders(folders: Iterable[Path]) -> None:
+    """Raise FailedRun for the first folder in whose place, or above it, there is a file."""
+    for folder in folders:
+        place = _nearest(folder)
+        if not place.is_dir():
+            raise FailedRun(f"{folder}: a file is where a folder should be: {place}")
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 def check_writable(folders: Iterable[Path]) -> None:
     """Raise FailedRun for the first folder that cannot be written, or not be made where it is absent."""
     for folder in folders:
-        place = Path(folder).absolute()
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir():
-            raise FailedRun(f"{folder}: a file is where a folder should be: {place}")
+        check_folders([folder])
+        place = _nearest(folder)
         if not os.access(place, os.W_OK | os.X_OK):
             reason = "the file system is read-only" if _is_read_only(place) else "permission denied"
             raise FailedRun(f"{folder}: {reason}; make it writable, or start in a folder that is")
@@ -69,9 +81,8 @@ def in_progress(study: Study, root: Path) -> Iterator[tuple[Run, int | None]]:
         except BlockingIOError:
             text = lock.read_text().strip()
             yield run, int(text) if text.isdigit() else None
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES):
-                raise
+        except OSError:  # absent, unreadable, or on a file system without locks: nothing is known
+            continue
 
 
 def announce(study: Study, root: Path) -> list[str]:

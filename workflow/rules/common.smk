@@ -56,8 +56,11 @@ try:
         for note in check(study):
             print(f"note: {note}", file=sys.stderr)
         obstacles.check_times(study)
-        # Without this folder Snakemake cannot even start.
+        # Snakemake cannot even plan its jobs without this folder, or with a file where its outputs belong.
         obstacles.check_writable([Path(".snakemake")])
+        obstacles.check_folders(
+            Path(root, study.study) for root in ("results", "figures")
+        )
         for line in obstacles.announce(study, Path("results", study.study)):
             print(f"note: {line}", file=sys.stderr)
 except UserError as error:
