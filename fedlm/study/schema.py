@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fedlm.data.schemes import PartitionConfig
+from fedlm.federation.method import MethodConfig
 from fedlm.federation.settings import Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
@@ -21,16 +22,21 @@ def schema() -> str:
         definitions.update(found.pop("$defs", {}))
         return found
 
-    def reference(kind: Any) -> dict:
-        definitions[kind.__name__] = of(kind)
-        return {"$ref": f"#/$defs/{kind.__name__}"}
+    def reference(kind: Any, name: str = "") -> dict:
+        name = name or kind.__name__
+        definitions[name] = of(kind)
+        return {"$ref": f"#/$defs/{name}"}
 
-    def labelled(key: str, kinds: dict, extra: dict) -> dict:
+    def labelled(key: str, kinds: dict, extra: dict, common: dict | None = None) -> dict:
         choices = []
         for name, kind in sorted(kinds.items()):
             entry = of(kind.Config)
             entry["title"] = f"{name}: {kind.title}"
-            entry["properties"] = {key: {"const": name}, **extra, **entry.get("properties", {})}
+            own = entry.get("properties", {})
+            for field in own:
+                if common and own[field] == common["properties"].get(field):
+                    own[field] = {"$ref": f"#/$defs/{common['title']}/properties/{field}"}
+            entry["properties"] = {key: {"const": name}, **extra, **own}
             choices.append(entry)
         return {"anyOf": [{"type": "null"}, *choices]}
 
@@ -47,12 +53,13 @@ def schema() -> str:
         "partitions": label_list,
         "training": training,
         "tuned_as": {"type": "string", "description": "row whose trials choose this row's settings too"},
-        "server_optimizer": {"anyOf": [{"type": "null"}, of(ServerOptimizer)]},
+        "server_optimizer": {"anyOf": [{"type": "null"}, reference(ServerOptimizer, "ServerOptimizer")]},
     }
+    reference(MethodConfig)
     names = {"pattern": f"^{LABEL.pattern}$"}
     entries = {
         "tasks": labelled("task", plugins.discover_tasks(), task_extra),
-        "methods": labelled("method", plugins.discover_methods(), method_extra),
+        "methods": labelled("method", plugins.discover_methods(), method_extra, definitions["MethodConfig"]),
     }
     tree = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
