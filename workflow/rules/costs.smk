@@ -39,7 +39,7 @@ def claimed_methods():
     return syntax_hash(with_imports(files))
 
 
-if CONTENTS.tuned:
+if CONTENTS.judges():
 
     # The costs on large models that config/claims.yaml names: for the verdicts in the table of claims.
     rule predict_claims:
