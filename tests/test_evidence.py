@@ -444,6 +444,7 @@ PREDICTED = pandas.DataFrame(
     {
         "model": ["m", "m"],
         "method": ["fedcybgd", "fedavg"],
+        "settings": ["", ""],
         "turn_upload_bytes": [3.0, 100.0],
         "turn_download_bytes": [90.0, 100.0],
         "turn_flops": [50.0, 100.0],
@@ -473,7 +474,9 @@ def test_every_system_has_claims_and_each_its_rule_or_a_reason():
     }
     exact = {one.rule.quantity for one in own if one.rule.kind == "predicted"}
     assert exact == {"turn_upload_bytes", "turn_download_bytes", "peak_memory_bytes", "turn_flops"}
-    assert {"fedavg", "fedcybgd"} <= set(to_predict(systems)["llama2_7b"])
+    needed = to_predict(systems)
+    assert len(needed) == len(set(needed))
+    assert {("llama2_7b", "fedavg", ""), ("llama2_7b", "fedcybgd", "")} <= set(needed)
     for claim in (claim for system in systems for claim in system.claims):
         assert claim.rule.kind == "none" or claim.shown_by, claim.claim
 
@@ -547,6 +550,11 @@ def test_predicted_costs_are_exact(study):
     count = rule(kind="predicted", model="m", of="fedavg", quantity="parameters", at_most=7)
     assert judge(count, scene, PREDICTED)[:2] == (claims.SUPPORTED, 7)
     assert judge(upload, scene).verdict == claims.UNDECIDED
+    # Costs with other settings are costs of their own.
+    pruned = rule(**keys, settings={"cache": "pretrained"}, quantity="turn_download_bytes", at_most=0.5)
+    assert judge(pruned, scene, PREDICTED).verdict == claims.UNTESTABLE
+    more = PREDICTED[:1].assign(settings='{"cache": "pretrained"}', turn_download_bytes=20.0)
+    assert judge(pruned, scene, pandas.concat([PREDICTED, more]))[:2] == (claims.SUPPORTED, 0.2)
     assert judge(upload, scene, PREDICTED[:1]).text == "no costs of fedavg on m"
 
 
