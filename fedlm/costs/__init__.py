@@ -1,4 +1,4 @@
 """Costs predicted without weights, data or GPU, and their report.
 
-For others: `cases` (what is asked), `prediction`, `claimed` (what claims of papers need), `tables`, `figures`.
+For others: `cases` (what is asked), `prediction`, `claimed` (what claims need), `tables`, `figures`.
 """
