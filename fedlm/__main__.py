@@ -256,6 +256,7 @@ def tables(
         print(terminal(root / "runs.parquet", expected, titles, study.found.controls()))
         return
     has = contents.Contents.of(study)
+    tried = read_trials(root / "trials.parquet") if has.tuned else None
     table_module.make(
         root / "runs.parquet",
         root / "rounds.parquet",
@@ -267,9 +268,11 @@ def tables(
             contents=has,
             devices=read_devices(devices),
             cohorts=contents.cohorts(study),
-            trials=read_trials(root / "trials.parquet") if has.tuned else None,
-            choices=read_choices(root / "tuning") if has.tuned else (),
-            predicted=read_predicted(root / "costs" / "claims.csv") if has.tuned else None,
+            trials=tried,
+            choices=()
+            if tried is None
+            else read_choices(root / "tuning", set(zip(tried["task"], tried["method"], strict=True))),
+            predicted=read_predicted(root / "costs" / "claims.csv") if has.judges() else None,
         ),
     )
 
@@ -299,6 +302,23 @@ def figures(
         contents=has,
         trials=read_trials(folders.root / "trials.parquet") if has.tuned else None,
     )
+
+
+@app.command()
+def findings(
+    config: Config,
+    results: Results = Path("results"),
+    output: Annotated[Path | None, typer.Option(help="[findings.md in the study's results]")] = None,
+) -> None:
+    """Write the findings of a tuned study: two pages whose every number comes from its tables."""
+    from fedlm.base.files import write_atomically
+    from fedlm.results.findings import write_up
+
+    study = _study(config)
+    root = _folders(study, results).root
+    destination = output or root / "findings.md"
+    write_atomically(destination, write_up(root / "tables", study.study).encode())
+    print(f"findings  {destination}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy
 import pandas
@@ -18,6 +19,7 @@ from fedlm.results import (
     claims,
     cost_to_target,
     drawing,
+    findings,
     profiles,
     quality,
     records,
@@ -409,10 +411,12 @@ def test_choices_and_trials_that_cannot_be_used_are_named(tmp_path):
     path.parent.mkdir()
     _, choices = synthetic_trials(("bbc_news",), ("fedavg",))
     path.write_text(json.dumps(choices[0]))
-    assert tuning.read_choices(tmp_path) == choices
+    rows = {("bbc_news", "fedavg"), ("bbc_news", "not_yet")}
+    assert tuning.read_choices(tmp_path, rows) == choices
+    assert tuning.read_choices(tmp_path, set()) == []
     path.write_text("{}")
     with pytest.raises(UserError, match="fedavg.json: not the choice of a tuning"):
-        tuning.read_choices(tmp_path)
+        tuning.read_choices(tmp_path, rows)
     with pytest.raises(UserError, match="trials.parquet: not a parquet file"):
         tuning.read_trials(tmp_path / "trials.parquet")
     pandas.DataFrame({"task": ["t"]}).to_parquet(tmp_path / "trials.parquet")
@@ -440,6 +444,7 @@ PREDICTED = pandas.DataFrame(
     {
         "model": ["m", "m"],
         "method": ["fedcybgd", "fedavg"],
+        "settings": ["", ""],
         "turn_upload_bytes": [3.0, 100.0],
         "turn_download_bytes": [90.0, 100.0],
         "turn_flops": [50.0, 100.0],
@@ -469,7 +474,9 @@ def test_every_system_has_claims_and_each_its_rule_or_a_reason():
     }
     exact = {one.rule.quantity for one in own if one.rule.kind == "predicted"}
     assert exact == {"turn_upload_bytes", "turn_download_bytes", "peak_memory_bytes", "turn_flops"}
-    assert {"fedavg", "fedcybgd"} <= set(to_predict(systems)["llama2_7b"])
+    needed = to_predict(systems)
+    assert len(needed) == len(set(needed))
+    assert {("llama2_7b", "fedavg", ""), ("llama2_7b", "fedcybgd", "")} <= set(needed)
     for claim in (claim for system in systems for claim in system.claims):
         assert claim.rule.kind == "none" or claim.shown_by, claim.claim
 
@@ -543,6 +550,11 @@ def test_predicted_costs_are_exact(study):
     count = rule(kind="predicted", model="m", of="fedavg", quantity="parameters", at_most=7)
     assert judge(count, scene, PREDICTED)[:2] == (claims.SUPPORTED, 7)
     assert judge(upload, scene).verdict == claims.UNDECIDED
+    # Costs with other settings are costs of their own.
+    pruned = rule(**keys, settings={"cache": "pretrained"}, quantity="turn_download_bytes", at_most=0.5)
+    assert judge(pruned, scene, PREDICTED).verdict == claims.UNTESTABLE
+    more = PREDICTED[:1].assign(settings='{"cache": "pretrained"}', turn_download_bytes=20.0)
+    assert judge(pruned, scene, pandas.concat([PREDICTED, more]))[:2] == (claims.SUPPORTED, 0.2)
     assert judge(upload, scene, PREDICTED[:1]).text == "no costs of fedavg on m"
 
 
@@ -612,31 +624,89 @@ def test_a_study_has_only_the_tables_that_it_has_something_for(small_study):
     assert Contents.of(reading.parse(alone)).tables() == []
     one_cell = {**small_study, "partitions": {"iid": None}}
     assert Contents.of(reading.parse(one_cell)).tables() == ["cost_to_target"]
+    assert has._replace(tuned=True, competitors=1).tables() == ["cost_to_target", "tuning"]
     assert has._replace(tuned=True).tables() == ["profiles", "cost_to_target", "tuning", "claims"]
 
 
-def test_tables_are_written_for_what_a_study_has(study, tmp_path):
+def written_tables(study, folder, has):
     runs, rounds, scene = study
-    runs.to_parquet(tmp_path / "runs.parquet")
-    rounds.to_parquet(tmp_path / "rounds.parquet")
+    runs.to_parquet(folder / "runs.parquet")
+    rounds.to_parquet(folder / "rounds.parquet")
     trials, choices = synthetic_trials(TASKS, METHODS)
-    has = Contents(competitors=3, cells=4, centralized=True, tuned=True)
-    shares = {(task, method): 1.0 for task in TASKS for method in METHODS}
-    evidence = tables.Evidence(has, read_devices(), shares, trials, choices, PREDICTED)
-    arguments = [tmp_path / "runs.parquet", tmp_path / "rounds.parquet", scene.expected, TITLES]
-    for name, extra in (("all", evidence), ("again", evidence), ("few", None)):
-        written = tables.make(*arguments, tmp_path / name, evidence=extra)
-        names = tables.names(extra.contents) if extra else tables.NAMES
-        assert {path.name for path in written} == {
-            "missing.csv",
-            *(f"{table}.{ending}" for table in names for ending in ("csv", "md", "tex")),
-        }
-        assert all(path.stat().st_size > 100 for path in written if path.stem not in ("missing", "reference"))
-    for path in (tmp_path / "all").iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-    traffic = pandas.read_csv(tmp_path / "all" / "traffic.csv")
-    assert "seconds_on(phone_midrange, 5g)_mean" in traffic
-    assert not any("seconds_on" in name for name in pandas.read_csv(tmp_path / "few" / "traffic.csv"))
+    shares = {(task, method): 1 / 8 for task in TASKS for method in METHODS}
+    evidence = tables.Evidence(has, read_devices(), shares, trials, choices, PREDICTED) if has else None
+    files = [folder / "runs.parquet", folder / "rounds.parquet"]
+    return tables.make(*files, scene.expected, TITLES, folder / "tables", evidence=evidence)
+
+
+EVERYTHING = Contents(competitors=3, cells=4, centralized=True, tuned=True)
+
+
+@pytest.fixture(scope="module")
+def tabled(study, tmp_path_factory):
+    """The folder of the tables of a tuned study."""
+    folder = tmp_path_factory.mktemp("tabled")
+    written_tables(study, folder, EVERYTHING)
+    return folder / "tables"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has", [EVERYTHING, None])
+def test_tables_are_written_for_what_a_study_has(has, study, tabled, tmp_path):
+    written = written_tables(study, tmp_path, has)
+    names = tables.names(has) if has else tables.NAMES
+    endings = ("csv", "md", "tex")
+    assert {path.name for path in written} == {
+        "missing.csv",
+        *(f"{table}.{ending}" for table in names for ending in endings),
+    }
+    assert all(path.stat().st_size > 100 for path in written if path.stem not in ("missing", "reference"))
+    traffic = pandas.read_csv(tmp_path / "tables" / "traffic.csv")
+    assert ("seconds_on(phone_midrange, 5g)_mean" in traffic) == bool(has)
+    if has:
+        for path in written:
+            assert (tabled / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_every_number_of_the_findings_comes_from_the_tables(tabled, tmp_path):
+    """The template holds no number but that of the interval; the text follows the tables."""
+    text = findings.write_up(tabled, "made_up")
+    assert text == findings.write_up(tabled, "made_up")
+    ranking = pandas.read_csv(tabled / "ranking.csv").set_index("method")
+    assert f"| FedAvg | {ranking.loc['fedavg', 'interquartile_mean']:.1f} |" in text
+    verdicts = pandas.read_csv(tabled / "claims.csv")["verdict"].value_counts()
+    assert f"{verdicts['supported']} are supported here, {verdicts['contradicted']} contradicted" in text
+    assert text.count("| supported |") == verdicts["supported"]
+    assert "100 runs of 100" in text and "80 trials" in text
+    words = re.sub(r"{[{%].*?[}%]}", "", findings.TEMPLATE.read_text())
+    assert re.findall(r"\d[\d.]*%?", words) == ["95%"]
+    for path in tabled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    ranking.loc["fedavg", "interquartile_mean"] = 12.3
+    ranking.reset_index().to_csv(tmp_path / "ranking.csv", index=False)
+    assert "| FedAvg | 12.3 |" in findings.write_up(tmp_path, "made_up")
+
+
+@pytest.mark.slow
+def test_a_method_that_loses_everywhere_is_the_first_line(tabled, tmp_path):
+    for path in tabled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    main = pandas.read_csv(tabled / "main.csv")
+    main["test_score_mean"] = main["test_score_mean"].where(main["method"] != "fedcybgd", 0.3)
+    main.to_csv(tmp_path / "main.csv", index=False)
+    first, *_ = findings.write_up(tmp_path, "made_up").splitlines()
+    assert first.startswith("**FedCyBGD and FedLoRA lose everywhere")
+    for method, score in {"fedcybgd": 0.96, "fedavg": 0.955, "fedlora": 0.953}.items():
+        main.loc[main["method"] == method, "test_score_mean"] = score
+    main.to_csv(tmp_path / "main.csv", index=False)
+    assert findings.write_up(tmp_path, "made_up").startswith("# What the study made_up found")
+
+
+@pytest.mark.slow
+def test_findings_need_all_tables(tabled, tmp_path):
+    with pytest.raises(UserError, match="main.csv: cannot be read; make it with `tables`"):
+        findings.write_up(tmp_path, "made_up")
 
 
 def test_the_schedule_of_a_study_says_who_takes_turns(small_study):

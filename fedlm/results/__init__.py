@@ -1,6 +1,7 @@
 """Results: records compiled to tables, statistics, figures and pages.
 
-For others: `records`, `scene`, `tables`, `figures`; for their own tables and figures `typeset`, `drawing`.
-Tables are made in `cost_tables`, `comparisons`, `skew` and `reference`, with `cells` and `statistics`; figures
-in `curves`, `final_scores`, `memory_figures` and `partition_figures`, with `lettering`.
+For others: `records`, `scene`, `contents`, `devices`, `tables`, `figures`, `findings`; for their own tables and
+figures `typeset`, `drawing`. Tables are made in `cost_tables`, `ranking`, `comparisons`, `skew`, `reference`,
+`quality`, `profiles`, `cost_to_target`, `tuning` and `claims`, with `cells` and `statistics`; figures in `curves`,
+`final_scores`, `memory_figures`, `partition_figures`, `profiles` and `tuning`, with `lettering`.
 """

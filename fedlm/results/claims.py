@@ -3,6 +3,7 @@
 Each claim has a rule that was fixed before the first run, so that a verdict is computed and never written.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -58,7 +59,8 @@ class PredictedRule(Settings):
     kind: Literal["predicted"]
     model: str = Field(description="label of a model")
     of: str = Field(description="name of a method")
-    against: str | None = Field(None, description="name of a method")
+    settings: dict[str, Any] = Field({}, description="its settings, where not the defaults")
+    against: str | None = Field(None, description="name of a method, with its defaults")
     quantity: Literal[
         "turn_upload_bytes", "turn_download_bytes", "turn_flops", "peak_memory_bytes", "parameters"
     ]
@@ -123,29 +125,41 @@ def read_predicted(path: Path) -> pandas.DataFrame | None:
     if not path.exists():
         return None
     try:
-        predicted = pandas.read_csv(path)
+        predicted = pandas.read_csv(path, keep_default_na=False)
     except (OSError, ValueError):
         raise UserError(f"{path}: not a csv file of costs; make it again with `costs --claims`") from None
-    for name in ("model", "method", *get_args(PredictedRule.model_fields["quantity"].annotation)):
+    for name in ("model", "method", "settings", *get_args(PredictedRule.model_fields["quantity"].annotation)):
         if name not in predicted:
             raise UserError(f"{path}: lacks the column {name}; make it again with `costs --claims`")
     return predicted
 
 
-def to_predict(systems: list[System]) -> dict[str, list[str]]:
-    """Return for each model the methods whose predicted costs the claims need."""
-    needed: dict[str, list[str]] = {}
-    for rule in (claim.rule for system in systems for claim in system.claims):
-        if isinstance(rule, PredictedRule):
-            methods = needed.setdefault(rule.model, [])
-            methods += [name for name in (rule.of, rule.against) if name and name not in methods]
-    return needed
+class Needed(NamedTuple):
+    """A prediction that claims need: a method on a model; settings as JSON, empty for the defaults."""
+
+    model: str
+    method: str
+    settings: str
+
+
+def to_predict(systems: list[System]) -> list[Needed]:
+    """Return the predictions that the claims need, each once."""
+    rules = [claim.rule for system in systems for claim in system.claims]
+    return list(dict.fromkeys(one for rule in rules if isinstance(rule, PredictedRule) for one in _needed(rule)))
+
+
+def _needed(rule: PredictedRule) -> list[Needed]:
+    """Return what the rule compares: `of`, and `against` where there is one."""
+    settings = json.dumps(rule.settings, sort_keys=True) if rule.settings else ""
+    found = [Needed(rule.model, rule.of, settings)]
+    return [*found, Needed(rule.model, rule.against, "")] if rule.against else found
 
 
 def judge(rule: Rule, scene: Scene, predicted: pandas.DataFrame | None = None) -> Verdict:
     """Return the verdict of a rule.
 
-    `predicted` has one row per model and method; its columns are those of the table of costs.
+    `predicted` has one row per model, method and settings (see `Needed`); its other columns are those of the table
+    of costs.
     """
     if isinstance(rule, NoRule):
         return _open(UNTESTABLE, rule.reason)
@@ -211,14 +225,16 @@ def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
 def _judge_predicted(rule: PredictedRule, predicted: pandas.DataFrame | None) -> Verdict:
     if predicted is None:
         return _open(UNDECIDED, "the costs are not predicted yet: `costs --claims`")
-    own = predicted[predicted["model"] == rule.model].set_index("method")[rule.quantity]
-    absent = [name for name in (rule.of, rule.against) if name and name not in own]
+    keys = predicted[["model", "method", "settings"]].itertuples(index=False, name=None)
+    known = dict(zip(keys, predicted[rule.quantity].astype(float), strict=True))
+    values = [known.get(one) for one in _needed(rule)]
+    absent = [one.method for one, value in zip(_needed(rule), values, strict=True) if value is None]
     if absent:
         return _open(UNTESTABLE, f"no costs of {' and '.join(absent)} on {rule.model}")
-    value = float(own[rule.of])
+    value, *others = (value for value in values if value is not None)
     text = f"{value:,.0f}"
-    if rule.against:
-        value = value / float(own[rule.against])
+    if others:
+        value = value / others[0]
         text = f"ratio {significant(value)}"
     verdict = SUPPORTED if value <= rule.at_most else CONTRADICTED
     return Verdict(verdict, value, value, value, f"{text}; exact, on {rule.model}")
@@ -236,6 +252,8 @@ def limit_text(rule: Rule, scene: Scene) -> str:
     quantity = rule.quantity.replace("turn_", "").replace("_bytes", " bytes").replace("_", " ")
     quantity = quantity.replace("peak memory bytes", "peak memory").replace("flops", "FLOPs")
     turn = " a turn" if "turn_" in rule.quantity else ""
+    if isinstance(rule, PredictedRule) and rule.settings:
+        of += f" with {json.dumps(rule.settings, sort_keys=True)}"
     if rule.quantity == "parameters":
         return f"parameters of the model: at most {rule.at_most:,.0f}"
     if not against:

@@ -31,8 +31,13 @@ class Contents(NamedTuple):
         return [
             *(["profiles"] if several else []),
             *(["cost_to_target"] if self.centralized and self.competitors else []),
-            *(["tuning", "claims"] if self.tuned else []),
+            *(["tuning"] if self.tuned else []),
+            *(["claims"] if self.judges() else []),
         ]
+
+    def judges(self) -> bool:
+        """Return whether claims of papers are judged: by a study in which all methods were tuned alike."""
+        return self.tuned and self.competitors > 1
 
     def figures(self) -> list[str]:
         """Return the names of the figures that only some studies have, in their order."""

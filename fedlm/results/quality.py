@@ -100,7 +100,7 @@ def _missing(scene: Scene) -> Rule:
     for run in scene.absent:
         by_cell.setdefault(run[:3], []).append(run.seed)
     found = [
-        Finding(*labels, float(len(seeds)), f"seeds {', '.join(map(str, seeds))} missing")
+        Finding(*labels, float(len(seeds)), f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} missing")
         for labels, seeds in by_cell.items()
     ]
     says = "every run that the study asks for has a record."

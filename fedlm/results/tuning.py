@@ -1,7 +1,7 @@
 """What the tuning found: the expected best validation score by the number of trials, and the chosen settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,16 @@ def read_trials(path: Path) -> pandas.DataFrame:
     return trials
 
 
-def read_choices(folder: Path) -> list[dict[str, Any]]:
-    """Return what was chosen for each task and method, from the files <task>/<method>.json of a folder."""
+def read_choices(folder: Path, rows: Collection[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return what was chosen for each of these tasks and methods, from the files <task>/<method>.json of a folder.
+
+    A file that is not there is left out.
+    """
     choices = []
-    for path in sorted(Path(folder).glob("*/*.json")):
+    for task, method in sorted(rows):
+        path = Path(folder) / task / f"{method}.json"
+        if not path.exists():
+            continue
         try:
             choice = json.loads(path.read_bytes())
             choices.append({key: choice[key] for key in (*LABELS, "trial", "chosen", "at_edge")})

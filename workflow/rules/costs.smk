@@ -33,13 +33,13 @@ rule predict:
 
 def claimed_methods():
     """Return a hash of the meaning of the method files whose costs the claims name."""
-    names = {name for some in to_predict(read_claims()).values() for name in some}
+    names = {needed.method for needed in to_predict(read_claims())}
     known = discover_methods()
     files = [file_of(known[name]) for name in sorted(names & set(known))]
     return syntax_hash(with_imports(files))
 
 
-if CONTENTS.tuned:
+if CONTENTS.judges():
 
     # The costs on large models that config/claims.yaml names: for the verdicts in the table of claims.
     rule predict_claims:

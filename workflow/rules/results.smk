@@ -49,7 +49,7 @@ rule collect:
 rule tables:
     input:
         rules.collect.output,
-        [CLAIMED] if CONTENTS.tuned else [],
+        [CLAIMED] if CONTENTS.judges() else [],
     output:
         expand(
             f"{RESULTS}/tables/{{table}}.{{format}}",

@@ -1,0 +1,160 @@
+"""The findings of a study in two pages: a text whose every number is put in from the tables."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas
+
+from fedlm.base.errors import UserError
+from fedlm.results.claims import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
+from fedlm.results.typeset import significant
+
+TEMPLATE = Path(__file__).with_suffix(".md.j2")
+NEEDED = ("main", "ranking", "profiles", "cost_to_target", "quality", "tuning", "claims")
+NEAR = 1.0  # points below the best competitor that still count as close
+AGAINST = "fedavg"  # costs are given as multiples of this method's
+
+
+def write_up(tables: Path, study: str) -> str:
+    """Return the findings of a study as Markdown, from the csv files of its tables.
+
+    Raises UserError if a table is missing: the findings of a study that has not all of them would be half a page.
+    """
+    frames = {}
+    for name in NEEDED:
+        path = Path(tables) / f"{name}.csv"
+        try:
+            frames[name] = pandas.read_csv(path, keep_default_na=False, na_values=[""])
+        except (OSError, ValueError):
+            raise UserError(f"{path}: cannot be read; make it with `tables`, which needs a tuned study") from None
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(study=study, **_facts(frames)).rstrip("\n") + "\n"
+
+
+def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
+    main, claims, quality = frames["main"], frames["claims"], frames["quality"]
+    competitors = main[~main["control"]]
+    scored = competitors[competitors["greater_is_better"].astype(str) == "True"]
+    cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
+    titles = dict(zip(main["method"], main["title"], strict=True))
+    gaps = _gaps(scored)
+    judged = {
+        system: own.to_dict("records") for system, own in claims.groupby("system", sort=False)
+    }
+    return {
+        "tasks": list(dict.fromkeys(main["task"])),
+        "cells": cells,
+        "methods": list(dict.fromkeys(competitors["title"])),
+        "controls": list(dict.fromkeys(main[main["control"]]["title"])),
+        "runs": int(main["seeds"].sum()),
+        "asked": int(main["seeds_expected"].sum()),
+        "trials": int(frames["tuning"].groupby(["task", "method"])["trials_of_all"].first().sum()),
+        "failed": int(frames["tuning"].groupby(["task", "method"])["failed"].first().sum()),
+        "losers": [titles[method] for method in gaps if (gaps[method] > NEAR).all()],
+        "near": NEAR,
+        "ranking": frames["ranking"].to_dict("records"),
+        "groups": _groups(frames["ranking"]),
+        "winners": _winners(scored, titles),
+        "prices": _prices(competitors),
+        "against": titles.get(AGAINST),
+        "targets": _targets(frames["cost_to_target"]),
+        "seconds": [name for name in frames["cost_to_target"] if name.startswith("seconds_on(")],
+        "judged": judged,
+        "verdicts": claims["verdict"].value_counts().to_dict(),
+        "supported": SUPPORTED,
+        "contradicted": CONTRADICTED,
+        "undecided": UNDECIDED,
+        "untestable": UNTESTABLE,
+        "raised": quality[quality["raised"]].groupby("rule", sort=False).size().to_dict(),
+        "passed": list(dict.fromkeys(quality[~quality["raised"]]["rule"])),
+        "says": dict(zip(quality["rule"], quality["says"], strict=True)),
+        "number": significant,
+        "listed": _listed,
+        "counted": _counted,
+    }
+
+
+def _gaps(scored: pandas.DataFrame) -> pandas.DataFrame:
+    scores = scored.pivot(index=["task", "partition"], columns="method", values="test_score_mean") * 100
+    # Only methods that have every cell can lose everywhere.
+    return scores.rsub(scores.max(axis=1), axis=0).dropna(axis=1).round(9)
+
+
+def _groups(ranking: pandas.DataFrame) -> list[str]:
+    """Return the titles of the best group of each family of scores."""
+    first = ranking[ranking["group"].astype(str).str.contains("a", regex=False) & ~ranking["control"]]
+    return list(first[first["family"] == first["family"].iloc[0]]["title"]) if len(first) else []
+
+
+def _winners(scored: pandas.DataFrame, titles: dict[str, str]) -> list[dict[str, Any]]:
+    rows = []
+    for (task, partition), own in scored.groupby(["task", "partition"], sort=False):
+        ordered = own.dropna(subset="test_score_mean").sort_values("test_score_mean", ascending=False)
+        if ordered.empty:
+            continue
+        best = ordered.iloc[0]
+        close = ordered[(best["test_score_mean"] - ordered["test_score_mean"]) * 100 <= NEAR]
+        rows.append(
+            {
+                "task": task,
+                "partition": partition,
+                "best": titles[best["method"]],
+                "score": best["test_score_mean"] * 100,
+                "close": [titles[method] for method in close["method"].iloc[1:]],
+                "last": titles[ordered.iloc[-1]["method"]],
+                "lowest": ordered.iloc[-1]["test_score_mean"] * 100,
+            }
+        )
+    return rows
+
+
+def _prices(competitors: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Return each method's costs as multiples of FedAvg's: the median over cells."""
+    rows = []
+    base = competitors[competitors["method"] == AGAINST].set_index(["task", "partition"])
+    for method, own in competitors.groupby("method", sort=False):
+        own = own.set_index(["task", "partition"])
+        row: dict[str, Any] = {"title": own["title"].iloc[0], "itself": method == AGAINST}
+        for name in ("upload_bytes", "download_bytes", "peak_memory_bytes", "flops"):
+            row[name] = float((own[f"{name}_mean"] / base[f"{name}_mean"]).median()) if len(base) else float("nan")
+        rows.append(row)
+    return rows
+
+
+def _targets(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Return for each method and target in how many cells it gets there, and the median costs where it does."""
+    rows = []
+    seconds = [name for name in table if name.startswith("seconds_on(")]
+    for (method, target), own in table.groupby(["method", "target"], sort=False):
+        there = own[own["round"].notna()]
+        rows.append(
+            {
+                "title": own["title"].iloc[0],
+                "control": bool(own["control"].iloc[0]),
+                "method": method,
+                "target": target,
+                "cells": len(own),
+                "reached": len(there),
+                "seeds": int(own["seeds"].sum()),
+                "seeds_reached": int(own["reached"].sum()),
+                "upload_bytes": there["upload_bytes"].median(),
+                "download_bytes": there["download_bytes"].median(),
+                "flops": there["flops"].median(),
+                "seconds": [there[name].median() for name in seconds],
+            }
+        )
+    return rows
+
+
+def _listed(names: list[str]) -> str:
+    """Write names as a list in a sentence: A, B and C."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _counted(count: int, noun: str) -> str:
+    """Write a count with its noun: 1 run, 2 runs."""
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
