@@ -10,6 +10,7 @@ from pydantic import Field
 from fedlm.base.randomness import derive, numpy_stream
 from fedlm.exchange.declared import Declared
 from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.search import LogRange
 from fedlm.federation.state import Segment
 from fedlm.federation.zeroth_order import descend, move, require_plain_steps
 
@@ -36,6 +37,7 @@ class FedKSeed(Method):
 
     title = "FedKSeed"
     reference = "arXiv:2312.06353"
+    search = {"training.learning_rate": LogRange(3e-5, 3e-3)}
 
     class Config(MethodConfig):
         """The pool of directions, and how it is used."""

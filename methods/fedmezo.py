@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from fedlm.base.randomness import derive
+from fedlm.federation.search import LogRange
 from fedlm.federation.state import Segment
 from fedlm.federation.zeroth_order import descend, require_plain_steps
 from methods.fedlora import FedLoRA
@@ -26,6 +27,7 @@ class FedMeZO(FedLoRA):
 
     title = "FedMeZO"
     reference = "arXiv:2402.05926"
+    search = {"training.learning_rate": LogRange(3e-4, 3e-2)}
 
     class Config(FedLoRA.Config):
         """Shape of the adapters, how they are averaged, and how far apart the two forward passes are."""
