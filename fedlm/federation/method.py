@@ -13,7 +13,6 @@ from pydantic import Field
 
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression
-from fedlm.exchange.payload import Received
 from fedlm.federation.state import Segment, Server, Upload
 
 if TYPE_CHECKING:
@@ -145,6 +144,8 @@ class Method:
 
 def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
     """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""
+    from fedlm.exchange.payload import Received
+
     means: dict[str, tuple[Tensor, float]] = {}
     for upload in uploads:
         tensors = upload.tensors
