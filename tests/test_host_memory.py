@@ -1,4 +1,4 @@
-"""What a process holds beside the model: at most two copies of the exchanged parameters, of SmolLM2."""
+"""The memory of whole processes: a turn's beside the model (SmolLM2), and that of preparing many rows."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,6 +129,34 @@ def test_a_turn_holds_few_copies_of_what_is_exchanged(name, settings, copies, sm
     # The first values stay in their file, and only the model is in memory.
     assert found["loaded"] <= found["weights"] + slack
     assert found["peak"] <= found["weights"] + copies * found["exchanged"] + slack
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
+def test_a_csv_of_a_million_rows_is_prepared_in_600_mb(tmp_path):
+    """With only `train_examples` capped, 310,000 rows are tokenised: the pool, and two shares of all rows."""
+    tiny.save(tmp_path / "model", "bert", ["the film was good"])
+    with (tmp_path / "rows.csv").open("w") as file:
+        file.write("text,label\n")
+        for row in range(1_000_000):
+            file.write(f"the film was {row} times as good as {row % 977} of the others,{row % 2}\n")
+    code = f"""
+import re
+from pathlib import Path
+from fedlm.data.tokenising import prepare
+from fedlm.models.config import ModelConfig
+from fedlm.study.plugins import discover_tasks
+folder = Path({str(tmp_path)!r})
+settings = {{"train": str(folder / "rows.csv"), "text": ["text"], "label": "label", "max_length": 16}}
+task = discover_tasks()["files"]({{**settings, "train_examples": 500}})
+data = prepare(task, ModelConfig(source=str(folder / "model")), folder / "data")
+print(len(data), re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows, kilobytes = map(int, done.stdout.split())
+    assert rows == 310_000
+    assert kilobytes * 1024 <= 600e6
 
 
 if __name__ == "__main__":

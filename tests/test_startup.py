@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from fedlm.base.errors import UserError
 from fedlm.data.metrics import METRICS
@@ -44,6 +45,22 @@ def test_a_job_imports_pytorch_and_transformers_but_not_evaluate_or_peft():
     )
     assert {"torch", "transformers"} <= found
     assert found.isdisjoint({"evaluate", "datasets", "peft", "matplotlib", "transformers.pipelines"})
+
+
+@pytest.mark.slow
+def test_tokenising_needs_no_class_of_a_model(tmp_path):
+    tiny.save(tmp_path, "bert", ["the film was good"])
+    code = f"""
+from fedlm.models import loading
+from fedlm.models.config import ModelConfig
+model = ModelConfig(source={str(tmp_path)!r})
+loading.max_positions(model), loading.load_tokenizer(model)
+import fedlm.data.tokenising"""
+    found = imported_by(code)
+    assert "fedlm.data.tokenising" in found
+    assert found.isdisjoint(
+        {"transformers.modeling_utils", "transformers.generation.utils", "scipy", "sklearn"}
+    )
 
 
 @pytest.mark.slow

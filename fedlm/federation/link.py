@@ -166,9 +166,13 @@ class Link:
         return received
 
     def uploaded(self, client: int, tensors: Mapping[str, Tensor]) -> None:
-        """Note what the server received from a client that is a cohort of its own."""
+        """Note what the server received from a client."""
         if self.config.cache == "last_visit":
             self._uploaded = (client, tensors)
+
+    def uploads_more(self) -> None:
+        """Forget what a client uploaded, since it is not the only one of its cohort."""
+        self._uploaded = None
 
     def merged(self, cohort: list[int]) -> None:
         """Note which parameters of the server are now just what a client merged alone has itself.

@@ -14,7 +14,6 @@ from pydantic import Field
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression, UploadCompression
 from fedlm.exchange.declared import Declared
-from fedlm.exchange.payload import Received
 from fedlm.federation.search import LogRange, Search
 from fedlm.federation.settings import Averaging, ServerOptimizer
 from fedlm.federation.state import Segment, Server, Upload
@@ -182,6 +181,8 @@ class Method:
 
 def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
     """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""
+    from fedlm.exchange.payload import Received
+
     means: dict[str, tuple[Tensor, float]] = {}
     for upload in uploads:
         tensors = upload.tensors

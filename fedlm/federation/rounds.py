@@ -122,11 +122,13 @@ class Rounds:
             except (TurnError, PayloadError, StorageError) as error:
                 raise self._failed(round, [client], error) from error
             if upload:
-                if len(cohort) == 1:
-                    self.link.uploaded(client, upload.tensors)
+                self.link.uploaded(client, upload.tensors)
                 self._uploaded = weakref.ref(upload.tensors)
                 yield upload
-            del upload  # so that nobody holds it but a method that needs it
+            # Nobody holds it any more but a method that needs it.
+            if len(cohort) > 1:
+                self.link.uploads_more()
+            del upload
 
     def _own_upload(self) -> None:
         """Take an upload that is still in use out of the resident model, which is about to change."""

@@ -8,9 +8,6 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from fedlm.base import downloads
 from fedlm.base.errors import UserError
 from fedlm.base.files import sha256
@@ -62,6 +59,9 @@ def smollm2() -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     with quiet(), own_generator(0):
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # The loaded model is marked as quantised and cannot be saved; a plain one takes its weights.

@@ -5,23 +5,16 @@ its name on the Hugging Face hub (`owner/name`). Weights are read from safetenso
 runs only where the study says `trust_remote_code: true`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fedlm.base.errors import UserError
 from fedlm.base.randomness import derive
@@ -30,11 +23,16 @@ from fedlm.models.config import Kind, ModelConfig
 from fedlm.models.places import Place, find_place, reading
 from fedlm.models.quiet import own_generator
 
-_AUTO_CLASSES: dict[Kind, Any] = {
-    "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "causal": AutoModelForCausalLM,
-    "question_answering": AutoModelForQuestionAnswering,
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Names in Transformers. The classes, which take 110 MB, are imported where a model is made: a process that
+# only tokenises does without.
+_AUTO_CLASSES: dict[Kind, str] = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+    "question_answering": "AutoModelForQuestionAnswering",
 }
 
 
@@ -183,8 +181,15 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _of_transformers(kind: Kind) -> Any:
+    """Return Transformers' class that finds the model for a kind of task."""
+    import transformers
+
+    return getattr(transformers, _AUTO_CLASSES[kind])
+
+
 def _auto_class(shape: PreTrainedConfig, config: ModelConfig, kind: Kind) -> Any:
-    auto_class = _AUTO_CLASSES[kind]
+    auto_class = _of_transformers(kind)
     remote = config.trust_remote_code and auto_class.__name__ in (getattr(shape, "auto_map", None) or {})
     if type(shape) not in auto_class._model_mapping and not remote:
         raise UserError(
@@ -199,7 +204,7 @@ def _key_mapping(shape: PreTrainedConfig, kind: Kind) -> dict[str, str] | None:
 
     Transformers' LlamaForQuestionAnswering holds its layers under another name than every Llama checkpoint.
     """
-    classes = _AUTO_CLASSES[kind]._model_mapping, _AUTO_CLASSES["causal"]._model_mapping
+    classes = _of_transformers(kind)._model_mapping, _of_transformers("causal")._model_mapping
     if kind == "causal" or any(type(shape) not in mapping for mapping in classes):
         return None
     here, elsewhere = (mapping[type(shape)].base_model_prefix for mapping in classes)
