@@ -371,6 +371,26 @@ def test_a_fault_is_one_line_and_costs_nothing_that_was_finished(fault, message,
     assert final(mended) == final(ran("fedavg", place, **options))
 
 
+class Hoarding(FedAvg):
+    """Holds all uploads of a round before it merges them, and those of the round before."""
+
+    title = "Hoarding"
+
+    def merge(self, server, uploads, round):
+        self.held = list(uploads)
+        super().merge(server, iter(self.held), round)
+
+
+def test_uploads_that_a_method_holds_are_those_that_the_clients_sent(place):
+    options = {"training": {"local_steps": 1}}
+    hoarding, fedavg = ran(Hoarding, place, **options), ran("fedavg", place, **options)
+    assert final(hoarding) == final(fedavg)
+    mine = {parameter.data_ptr() for parameter in hoarding.parameters.values()}
+    for upload in hoarding.method.held:
+        assert upload.tensors.keys() == set(hoarding.method.exchanged)
+        assert mine.isdisjoint(value.data_ptr() for value in upload.tensors.values())
+
+
 def test_a_method_whose_training_leaves_out_a_segment_is_reported(place):
     class Forgetful(FedAvg):
         title = "Forgetful"
