@@ -1,6 +1,6 @@
 """What the papers claim, and what the study says about it: config/claims.yaml with computed verdicts.
 
-Each claim has a rule that was fixed before the first run, so that a verdict is computed and never written.
+Each claim has a rule that was written without a look at any score; a verdict is computed, never written.
 """
 
 import json
@@ -295,8 +295,8 @@ def claims_table(
         f"{counts.get(verdict, 0)} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE)
     )
     notes = [
-        f"{len(cells)} claims: {totals}. Claims are in the suite's own words; rules were fixed in config/claims.yaml "
-        "before the first run.",
+        f"{len(cells)} claims: {totals}. Claims are in the suite's own words; the rules of config/claims.yaml "
+        "were written without a look at any score.",
         "Differences of scores are paired by seed within each cell (task × partition), with the 95% interval of a "
         "t-test over cells and seeds: supported if it lies at or above the margin, contradicted if below, else "
         "undecided. Ratios of costs: supported if within the limit in every cell, contradicted if in none. Exact: "
