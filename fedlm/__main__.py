@@ -42,11 +42,6 @@ def _folders(study: "Study", results: Path) -> "Folders":
     return Folders(study.study, results)
 
 
-def _expected(study: "Study") -> list[tuple[str, str, str, int]]:
-    """Return the labels and seeds of the runs that tables and figures need."""
-    return [run[:4] for run in study.runs()]
-
-
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> None:
     """Validate a study before any job starts: keys, values, labels, files, models."""
@@ -201,6 +196,38 @@ def rerun(
 
 
 @app.command()
+def verify(
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.")],
+    results: Results = Path("results"),
+    figures: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
+    cheapest: Annotated[int, typer.Option(min=0, help="How many of the cheapest runs to repeat.")] = 5,
+    drawn: Annotated[int, typer.Option(min=0, help="How many others to repeat, drawn at random.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw. [a new one each time]")] = None,
+) -> None:
+    """Check a study's records: unchanged, following from the study, giving its tables, repeatable.
+
+    The exit status is 0 if everything holds, 1 if something does not.
+    """
+    from fedlm.jobs import verification
+
+    study = _study(config)
+    folders = _folders(study, results)
+    faults = [
+        *verification.faults(study, folders),
+        *verification.differences(study, folders, figures / study.study),
+    ]
+    for line in faults:
+        print(line)
+    if not faults:
+        print(
+            f"{study.study}: all records are unchanged, and give all tables and figures again, byte for byte"
+        )
+    paths = verification.chosen_runs(study, folders, cheapest, drawn, seed)
+    repeated = [verification.repeats(path, print) for path in paths]
+    raise typer.Exit(0 if not faults and all(repeated) else 1)
+
+
+@app.command()
 def clean(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.")],
     results: Results = Path("results"),
@@ -242,39 +269,14 @@ def tables(
     ] = None,
 ) -> None:
     """Write the tables of a study from its compiled records."""
-    from fedlm.results import contents
-    from fedlm.results import tables as table_module
-    from fedlm.results.claims import read_predicted
-    from fedlm.results.cost_tables import terminal
-    from fedlm.results.devices import read_devices
-    from fedlm.results.tuning import read_choices, read_trials
+    from fedlm.jobs import reports
 
     study = _study(config)
-    root = _folders(study, results).root
-    expected, titles = _expected(study), study.titles()
+    folders = _folders(study, results)
     if show:
-        print(terminal(root / "runs.parquet", expected, titles, study.found.controls()))
-        return
-    has = contents.Contents.of(study)
-    tried = read_trials(root / "trials.parquet") if has.tuned else None
-    table_module.make(
-        root / "runs.parquet",
-        root / "rounds.parquet",
-        expected,
-        titles,
-        root / "tables",
-        controls=study.found.controls(),
-        evidence=table_module.Evidence(
-            contents=has,
-            devices=read_devices(devices),
-            cohorts=contents.cohorts(study),
-            trials=tried,
-            choices=()
-            if tried is None
-            else read_choices(root / "tuning", set(zip(tried["task"], tried["method"], strict=True))),
-            predicted=read_predicted(root / "costs" / "claims.csv") if has.judges() else None,
-        ),
-    )
+        print(reports.show(study, folders))
+    else:
+        reports.write_tables(study, folders, devices)
 
 
 @app.command()
@@ -284,24 +286,10 @@ def figures(
     destination: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
 ) -> None:
     """Draw the figures of a study from its compiled records and partitions."""
-    from fedlm.results import figures as figure_module
-    from fedlm.results.contents import Contents
-    from fedlm.results.tuning import read_trials
+    from fedlm.jobs import reports
 
     study = _study(config)
-    folders = _folders(study, results)
-    has = Contents.of(study)
-    figure_module.make(
-        folders.root / "runs.parquet",
-        folders.root / "rounds.parquet",
-        (folders.root / "partitions").rglob("seed*.json"),
-        study.titles(),
-        destination / study.study,
-        _expected(study),
-        controls=study.found.controls(),
-        contents=has,
-        trials=read_trials(folders.root / "trials.parquet") if has.tuned else None,
-    )
+    reports.draw_figures(study, _folders(study, results), destination / study.study)
 
 
 @app.command()
@@ -311,13 +299,12 @@ def findings(
     output: Annotated[Path | None, typer.Option(help="[findings.md in the study's results]")] = None,
 ) -> None:
     """Write the findings of a tuned study: two pages whose every number comes from its tables."""
-    from fedlm.base.files import write_atomically
-    from fedlm.results.findings import write_up
+    from fedlm.jobs import reports
 
     study = _study(config)
-    root = _folders(study, results).root
-    destination = output or root / "findings.md"
-    write_atomically(destination, write_up(root / "tables", study.study).encode())
+    folders = _folders(study, results)
+    destination = output or folders.root / "findings.md"
+    reports.write_findings(study, folders, destination)
     print(f"findings  {destination}")
 
 

@@ -8,7 +8,7 @@ import pytest
 import test_tuning
 import tiny_study  # noqa: F401  (puts the repository on the path)
 
-from fedlm.jobs import record, running, tuning, verification
+from fedlm.jobs import collecting, record, reports, running, tuning, verification
 from fedlm.jobs.folders import Folders
 from fedlm.study.reading import load
 from fedlm.study.study import Run
@@ -141,3 +141,20 @@ def test_a_repeated_run_is_the_same_or_as_near_as_another_processor_allows(made)
     assert not verification.repeats(path, lines.append)
     assert "more than its standard error" in lines[-1]
     assert verification._standard_error({**found, "test_score": 1.0}) == 1 / examples
+
+
+@pytest.mark.slow
+def test_tables_and_figures_follow_from_the_records_to_the_byte(made, finished, tmp_path, capsys):
+    study, folders = made
+    shutil.copytree(finished[1] / "study/partitions", folders.root / "partitions")
+    collecting.collect(study, folders)
+    reports.write_tables(study, folders)
+    reports.draw_figures(study, folders, tmp_path / "figures")
+    assert list(verification.differences(study, folders, tmp_path / "figures")) == []
+    main, figure = folders.root / "tables/main.csv", tmp_path / "figures/memory.pdf"
+    main.write_text(main.read_text().replace("1", "2", 1))
+    figure.unlink()
+    assert list(verification.differences(study, folders, tmp_path / "figures")) == [
+        f"{main}: not what the records give",
+        f"{figure}: missing; the records give it",
+    ]

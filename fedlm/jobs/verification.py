@@ -3,12 +3,13 @@
 import json
 import math
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fedlm.base.errors import UserError
-from fedlm.jobs import rerun, tuning
+from fedlm.jobs import collecting, reports, rerun, tuning
 from fedlm.jobs.folders import Folders
 from fedlm.jobs.record import content_hash
 from fedlm.study.reading import of_record
@@ -77,8 +78,38 @@ def _faults_of(found: dict[str, Any], study: Study, run: Run, folders: Folders) 
         yield "a trial has test scores"
 
 
-def chosen_runs(study: Study, folders: Folders, cheapest: int, drawn: int, seed: int) -> list[Path]:
-    """Return the records of the cheapest runs by seconds, and of others drawn at random."""
+def differences(study: Study, folders: Folders, figures: Path) -> Iterator[str]:
+    """Yield one line for each table, figure and compiled file that the records do not give again.
+
+    All are made a second time, in a temporary folder, and compared with those in the study's folder and in
+    `figures`.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedlm-verify-") as aside:
+        again = Folders(study.study, Path(aside))
+        again.root.mkdir()
+        for part in ("runs", "trials", "tuning", "partitions", "costs"):
+            if (folders.root / part).is_dir():
+                (again.root / part).symlink_to((folders.root / part).resolve())
+        collecting.collect(study, again)
+        pairs = [(path, folders.root / path.name) for path in sorted(again.root.glob("*.parquet"))]
+        pairs += [(path, folders.root / "tables" / path.name) for path in reports.write_tables(study, again)]
+        drawn = reports.draw_figures(study, again, Path(aside) / "figures")
+        pairs += [(path, figures / path.name) for path in drawn]
+        if (folders.root / "findings.md").exists():
+            reports.write_findings(study, again, again.root / "findings.md")
+            pairs.append((again.root / "findings.md", folders.root / "findings.md"))
+        for made, kept in pairs:
+            if not kept.exists():
+                yield f"{kept}: missing; the records give it"
+            elif made.read_bytes() != kept.read_bytes():
+                yield f"{kept}: not what the records give"
+
+
+def chosen_runs(study: Study, folders: Folders, cheapest: int, drawn: int, seed: int | None) -> list[Path]:
+    """Return the records of the cheapest runs by seconds, and of others drawn at random.
+
+    Without a seed the draw cannot be foreseen.
+    """
     paths = [folders.record(run) for run in study.runs() if folders.record(run).exists()]
     paths.sort(key=lambda path: (json.loads(path.read_text())["wall_seconds"], str(path)))
     first, rest = paths[:cheapest], paths[cheapest:]

@@ -1,0 +1,65 @@
+"""From a study's compiled records to its tables, figures and findings."""
+
+from pathlib import Path
+
+from fedlm.base.files import write_atomically
+from fedlm.jobs.folders import Folders
+from fedlm.results import contents, cost_tables, figures, findings, tables, tuning
+from fedlm.results.claims import read_predicted
+from fedlm.results.devices import read_devices
+from fedlm.study.study import Study
+
+
+def show(study: Study, folders: Folders) -> str:
+    """Return the main table for a terminal."""
+    runs = folders.root / "runs.parquet"
+    return cost_tables.terminal(runs, _expected(study), study.titles(), study.found.controls())
+
+
+def write_tables(study: Study, folders: Folders, devices: Path | None = None) -> list[Path]:
+    """Write all tables of a study; return their paths. `devices` is a file of own devices and links."""
+    has, root = contents.Contents.of(study), folders.root
+    tried = tuning.read_trials(root / "trials.parquet") if has.tuned else None
+    tuned = set() if tried is None else set(zip(tried["task"], tried["method"], strict=True))
+    return tables.make(
+        root / "runs.parquet",
+        root / "rounds.parquet",
+        _expected(study),
+        study.titles(),
+        root / "tables",
+        controls=study.found.controls(),
+        evidence=tables.Evidence(
+            contents=has,
+            devices=read_devices(devices),
+            cohorts=contents.cohorts(study),
+            trials=tried,
+            choices=tuning.read_choices(root / "tuning", tuned) if tuned else (),
+            predicted=read_predicted(root / "costs" / "claims.csv") if has.judges() else None,
+        ),
+    )
+
+
+def draw_figures(study: Study, folders: Folders, destination: Path) -> list[Path]:
+    """Draw all figures of a study into a folder; return their paths."""
+    has, root = contents.Contents.of(study), folders.root
+    return figures.make(
+        root / "runs.parquet",
+        root / "rounds.parquet",
+        (root / "partitions").rglob("seed*.json"),
+        study.titles(),
+        destination,
+        _expected(study),
+        controls=study.found.controls(),
+        contents=has,
+        trials=tuning.read_trials(root / "trials.parquet") if has.tuned else None,
+    )
+
+
+def write_findings(study: Study, folders: Folders, destination: Path) -> None:
+    """Write the findings of a tuned study, whose every number comes from its tables."""
+    write_atomically(destination, findings.write_up(folders.root / "tables", study.study).encode())
+
+
+def _expected(study: Study) -> list[tuple[str, str, str, int]]:
+    """Return the labels and seeds of the runs that tables and figures need."""
+    return [run[:4] for run in study.runs()]
