@@ -17,7 +17,7 @@ from fedlm.study.study import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "config").glob("*.yaml"))
-STUDIES = [path for path in STUDIES if path.stem != "reference"]
+STUDIES = [path for path in STUDIES if path.stem not in ("reference", "claims", "devices")]
 
 PLAIN = {
     "study": "plain",

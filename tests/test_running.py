@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fedlm.__main__ import app
 from fedlm.base.errors import UserError
 from fedlm.base.files import locked
+from fedlm.jobs import record as record_module
 from fedlm.jobs import running
 from fedlm.study.reading import load
 from fedlm.study.study import Run
@@ -84,13 +85,15 @@ def test_a_label_that_is_renamed_trains_nothing(tmp_path):
     assert not trained
     assert lines[-1] == "movies/equal/only_the_head/seed1: already finished; its record is restored"
     labels = dict(zip(("task", "partition", "method"), run, strict=False))
+    assert after.pop("content_sha256") != before.pop("content_sha256")
     assert after == {**before, **labels}
     # The copy holds the old labels; collecting, too, puts it back under the present ones.
     folders = running.Folders("study", tmp_path / "results")
     folders.record(run).unlink()
     study = load(tiny_study.write(tmp_path, **ROUND, **renamed))
     assert running.restore(study, folders) == []
-    assert json.loads(folders.record(run).read_text()) == after
+    again = json.loads(folders.record(run).read_text())
+    assert again.pop("content_sha256") == record_module.content_hash(again) and again == after
 
 
 def test_an_edit_that_is_undone_trains_nothing(tmp_path):

@@ -88,16 +88,20 @@ def test_the_best_competitor_is_marked_and_never_a_control(tmp_path):
     assert "Centralized†" in text and "FedAvg†" not in text
 
 
-def test_what_looks_equal_is_marked_equally(tmp_path):
+@pytest.mark.parametrize(("examples", "best"), [(None, ["FedAvg", "FedLoRA"]), (200, [])])
+def test_what_looks_equal_is_marked_equally_or_not_at_all_where_the_test_split_cannot_tell(
+    tmp_path, examples, best
+):
     written = []
     for method, score in {"fedavg": 0.9001, "fedlora": 0.8999, "fedcybgd": 0.85}.items():
         record = synthetic_record(method=method) | {"test_score": score}
+        record["examples"] = {"test": examples} if examples else {}
         path = tmp_path / f"{method}.json"
         path.write_text(json.dumps(record))
         written.append(path)
     records.collect(written, tmp_path / "rounds.parquet", tmp_path / "runs.parquet")
     make(tmp_path, [])
-    assert marked(tmp_path) == ["FedAvg", "FedLoRA"]
+    assert marked(tmp_path) == best
 
 
 def test_smaller_is_better_where_the_metric_says_so(tmp_path):

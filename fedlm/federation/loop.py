@@ -26,6 +26,8 @@ from fedlm.measure.memory import older_objects_set_aside
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PARTS = ("server", "state", "moments", "copies", "kept")  # of a checkpoint's tensors
+
 
 class Federation(Rounds):
     """One run of one method: `Federation(...).run()` trains it to the end.
@@ -187,18 +189,13 @@ class Federation(Rounds):
         if found is None:
             return
         round, values, plain = found
-        parts: dict[str, dict[str, Any]] = {
-            kind: {} for kind in ("server", "state", "moments", "copies", "kept")
-        }
+        parts: dict[str, dict[str, Any]] = {kind: {} for kind in PARTS}
         for name, value in values.items():
             kind, _, rest = name.partition("/")
             parts[kind][rest] = value
         self.server.tensors, self.server.state = parts["server"], parts["state"]
         self.server.version = plain["version"]
-        self.server.moments.clear()
-        for name, value in parts["moments"].items():
-            kind, _, parameter = name.partition("/")
-            self.server.moments.setdefault(parameter, {})[kind] = value
+        self.server.restore_moments(parts["moments"])
         self.link.restore(parts["copies"], plain["link"])
         self.server.kept.handles.clear()
         for name, stored in checkpoints.store.adopt(parts["kept"]).items():

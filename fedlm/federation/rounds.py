@@ -156,10 +156,12 @@ class Rounds:
         with self.link.depth(client, round) as self.instruments.dropped:
             with self._timed("probe"), self._isolated("probe", client, round):
                 turn.probe(self.method.segments(client, round, turn.steps), self.method.train)
-            self._reset_cuda_peak()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             with self._timed("train"), self._isolated("dropout in layers", client, round):
                 self.method.train(turn)
-        self._read_cuda_peak()
+        if self.device.type == "cuda":
+            self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
         self.flops += turn.flops
         self.queries += turn.queries
         self.losses.append((turn.loss, len(self.parts[client])))
@@ -212,14 +214,6 @@ class Rounds:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.clock[kind] += time.perf_counter() - started
-
-    def _reset_cuda_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def _read_cuda_peak(self) -> None:
-        if self.device.type == "cuda":
-            self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
 
 
 def _require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

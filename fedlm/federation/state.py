@@ -57,6 +57,13 @@ class Server:
         start = current if start is None else start
         self.update(name, follow(self.optimizer, current, mean, start, moments))
 
+    def restore_moments(self, moments: dict[str, Tensor]) -> None:
+        """Continue with the server optimizer's moments, named `<kind>/<parameter>`."""
+        self.moments = {}
+        for name, value in moments.items():
+            kind, _, parameter = name.partition("/")
+            self.moments.setdefault(parameter, {})[kind] = value
+
 
 class Upload(NamedTuple):
     """What the server received from one client: the tensors, by name, which the method may write to.
