@@ -281,6 +281,7 @@ def data_bytes(message) -> int:
     return len(message) - 8 - length
 
 
+@pytest.mark.slow
 def test_exact_bytes_of_each_operator(place):
     """The tiny BERT's layer: four matrices 16 x 16, one 32 x 16, one 16 x 32; vectors of 9 x 16 + 32."""
     matrices, vectors, head = 4 * 16 * 16 + 2 * 16 * 32, 9 * 16 + 32, 2 * 16 + 2
@@ -304,6 +305,7 @@ def test_exact_bytes_of_each_operator(place):
     assert data_bytes(received(narrow)[0]) == (4 * (layer + head) + 2 * (pruned + matrices // 8)) // 2
 
 
+@pytest.mark.slow
 def test_the_ledger_shrinks_as_computed(place, quick):
     runs = {operator: federation(place, operator, rounds=1) for operator in (None, "magnitude")}
     for run in runs.values():
@@ -315,6 +317,7 @@ def test_the_ledger_shrinks_as_computed(place, quick):
     assert runs[None].ledger.upload == runs["magnitude"].ledger.upload
 
 
+@pytest.mark.slow
 def test_layer_drop_saves_memory_and_arithmetic_as_much_as_fake_tensors_say(place):
     plain, dropping = federation(place, rounds=1), federation(place, "layer_drop", rounds=1)
     plain.run(), dropping.run()
@@ -381,6 +384,7 @@ def test_calibration_sees_every_input_of_a_linear_layer_but_no_padding(place):
     assert torch.allclose(found.variance, kept.var(0, unbiased=False), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_masks_follow_the_servers_model_once_a_round(place, quick):
     run = federation(place, "wanda", clients=4)
     run.run()

@@ -47,6 +47,7 @@ def test_the_schema_in_the_repository_is_the_one_of_the_code():
     jsonschema.Draft202012Validator.check_schema(json.loads(written))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_of_the_repository_fit_schema_and_code(path):
     values = yaml_files.read_yaml(path)

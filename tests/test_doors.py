@@ -347,6 +347,7 @@ def test_fedprox_adds_the_gradient_of_its_term(place):
     assert written.rounds[0]["train_loss"] == pytest.approx(fedprox.rounds[0]["train_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -330,6 +330,7 @@ def test_a_study_without_faults_passes_every_rule_and_says_so(study):
     ]
 
 
+@pytest.mark.slow
 def test_each_rule_finds_its_fault(study):
     runs, rounds, scene = study
     rounds = flat(rounds)

@@ -112,6 +112,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(operat
     goes_on(study, results, expected, rounds_before=min(max(operation - 5, 0), ROUNDS) if finished else 0)
 
 
+@pytest.mark.slow
 def test_there_are_no_more_writes_than_those(undisturbed, tmp_path):
     study, expected = undisturbed
     results = tmp_path / "results"
@@ -121,6 +122,7 @@ def test_there_are_no_more_writes_than_those(undisturbed, tmp_path):
     assert ended.status == 0 and hashed(record(results)) == expected
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(undisturbed, tmp_path):
     """A real failure of the system in the middle of a write: a checkpoint is the largest file of a run."""
     study, expected = undisturbed
@@ -146,6 +148,7 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(undisturbed, tmp_path):
     study, expected = undisturbed
     results = tmp_path / "disk"
@@ -278,6 +281,7 @@ def test_a_run_that_the_system_ends_goes_on(number, undisturbed, tmp_path):
     goes_on(study, results, expected, rounds_before=2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_no_traceback(undisturbed, tmp_path):
     study, expected = undisturbed
     results = tmp_path / "results"
@@ -300,6 +304,7 @@ def test_ctrl_c_is_no_traceback(undisturbed, tmp_path):
     goes_on(study, results, expected, rounds_before=3)
 
 
+@pytest.mark.slow
 def test_too_little_memory(undisturbed, tmp_path):
     """The address space is limited after round 1; the next round's first large tensor is refused."""
     study, expected = undisturbed
@@ -357,6 +362,7 @@ def test_two_processes_on_one_run_make_it_once(undisturbed, tmp_path):
     assert hashed(record(results)) == expected
 
 
+@pytest.mark.slow
 def test_the_second_of_two_processes_takes_the_record_of_the_first(undisturbed, tmp_path):
     study, expected = undisturbed
     results = tmp_path / "results"

@@ -53,6 +53,7 @@ def test_fedavg_with_one_client_is_plain_training(place):
     assert same(worlds.values(run), plain_training(place, {}))
 
 
+@pytest.mark.slow
 def test_centralized_is_plain_training_whatever_the_partition(place):
     run = worlds.federation("centralized", place, scheme={"scheme": "dirichlet", "alpha": 0.3}, rounds=2)
     run.run()
@@ -213,6 +214,7 @@ def test_switching_blocks_within_a_turn(place):
     ]
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_the_larger_batch(place):
     scheme = {"scheme": "pooled"}
     large = worlds.federation("fedavg", place, scheme=scheme, rounds=1, training={"batch_size": 16})
@@ -248,6 +250,7 @@ def test_schedules():
     assert rate_factor(0.7, 0.01, Training()) == 1
 
 
+@pytest.mark.slow
 def test_the_schedule_runs_over_the_federation_or_restarts_in_each_turn(place, monkeypatch):
     seen: dict[str, list] = {"federation": [], "turn": []}
     from fedlm.federation import turn
@@ -322,6 +325,7 @@ def test_half_precision_payloads_halve_the_traffic(place):
         assert value.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_the_model_scored_is_the_servers(place):
     run = worlds.federation("fedcybgd", place, rounds=1)
     run.run()
@@ -333,6 +337,7 @@ def test_the_model_scored_is_the_servers(place):
     assert score(run.model, run.data, run.split.test, 64) == run.test
 
 
+@pytest.mark.slow
 def test_the_test_split_is_scored_once(place):
     run = worlds.federation("fedavg", place, rounds=3)
     scored = []

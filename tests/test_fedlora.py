@@ -145,6 +145,7 @@ def test_the_clients_of_these_tests_differ_in_size(place):
     assert len(set(sizes)) == len(sizes) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_adapters_and_head_cross_the_network(variant, place):
     seen = watched(variant, place)
@@ -178,6 +179,7 @@ def test_average_averages_a_and_b_but_not_what_they_multiply_to(family, place):
 # --- ffa
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ffa_never_changes_a_so_the_mean_product_is_exact(family, place):
     seen = watched("ffa", place, family)
@@ -215,6 +217,7 @@ def test_fedsa_sends_a_and_leaves_b_with_its_client(place):
         assert not any(same(own, kept, other) for c, other in run.server.kept.items() if c != client)
 
 
+@pytest.mark.slow
 def test_fedsa_continues_each_clients_own_b(place, monkeypatch):
     """What a client starts from in round 2 is the B with which it ended round 1, and the server's A."""
     starts, ends = {}, {}
@@ -253,6 +256,7 @@ def test_fedsa_scores_the_clients_own_models(place):
 # --- rolora
 
 
+@pytest.mark.slow
 def test_rolora_trains_and_sends_b_and_a_in_turn(place):
     seen = Watched("rolora", place, rounds=4)
     names = seen.run.method.exchanged
@@ -372,6 +376,7 @@ def test_fedex_weights_are_the_mean_of_any_uploads(family, clients, place):
         assert torch.allclose(found, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fedex_gives_the_exact_mean_of_the_clients_weights(family, place):
     seen = watched("fedex", place, family)

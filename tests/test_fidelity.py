@@ -189,6 +189,7 @@ class Plain:
 # --- the algorithm
 
 
+@pytest.mark.slow
 def test_the_algorithm_is_this_loop_in_plain_pytorch(place):
     run = plain_run(place).run
     plain = Plain(place)
@@ -228,6 +229,7 @@ def test_the_block_that_travels_in_each_order(order, expected, place):
     assert [seen.blocks(round) for round in (1, 2, 3)] == expected
 
 
+@pytest.mark.slow
 def test_random_order_deals_each_client_every_block_once_before_any_twice(place):
     seen = Watched(place, clients=5, rounds=6, order="random", training={"local_steps": 1})
     rounds = [seen.blocks(round) for round in range(1, 7)]
@@ -281,6 +283,7 @@ def test_four_random_blocks_of_twelve_in_a_turn():
 # --- head, embeddings, final norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS)
 def test_every_client_trains_its_block_and_the_head_and_nothing_else(family, place):
     run = plain_run(place) if family == "bert" else Watched(place, family=family, rounds=1)
@@ -338,6 +341,7 @@ def test_adam_steps_once_a_batch_and_goes_on_within_a_turn(place):
             assert equal(before.after, after.before)
 
 
+@pytest.mark.slow
 def test_moments_that_a_client_keeps_are_its_own_of_the_last_round(place):
     seen = Watched(place, moments="client")
     first, second = seen.turns[:3], seen.turns[3:]
@@ -348,6 +352,7 @@ def test_moments_that_a_client_keeps_are_its_own_of_the_last_round(place):
     assert all("@" not in name for turn in seen.turns for name in (*turn.up, *turn.down))
 
 
+@pytest.mark.slow
 def test_moments_handed_on_are_those_of_whoever_trained_last(place):
     seen = Watched(place, clients=4, moments="handed_on")  # client 3 trains block 0 again
     latest: dict[str, torch.Tensor] = {}
@@ -387,6 +392,7 @@ def test_the_own_block_and_the_head_arrive_exactly_and_the_others_reduced(operat
     assert reduced >= len(seen.turns) - 1  # before the first turn nothing is stale
 
 
+@pytest.mark.slow
 def test_stale_blocks_have_their_pretrained_values_but_never_the_own_one(place):
     seen = Watched(place, rounds=3, compression=OPERATORS["stale"])
     initial = seen.run.server.initial
@@ -399,6 +405,7 @@ def test_stale_blocks_have_their_pretrained_values_but_never_the_own_one(place):
         assert layer and not any(torch.equal(turn.start[name], initial[name]) for name in layer)
 
 
+@pytest.mark.slow
 def test_all_updated_blocks_are_sent_where_the_share_is_one(place):
     seen = Watched(place, compression={"operator": "stale", "share": 1.0})
     assert equal(seen.run.server.tensors, plain_run(place).run.server.tensors)
@@ -433,6 +440,7 @@ def test_each_client_trains_on_its_own_examples_alone(place):
         assert sorted(used) == sorted(seen.run.parts[turn.client])
 
 
+@pytest.mark.slow
 def test_undivided_data_block_after_block(place):
     seen = Watched(place, rounds=6, pooled=True, order="rotating")
     assert [turn.blocks for turn in seen.turns] == [[0], [1], [2], [0], [1], [2]]
@@ -443,6 +451,7 @@ def test_undivided_data_block_after_block(place):
 # --- relatives
 
 
+@pytest.mark.slow
 def test_fedbavg_is_the_mean_of_a_blocks_clients(place):
     scheme = {"scheme": "quantity", "alpha": 1, "min_examples": 4}
     seen = Watched(place, clients=6, rounds=1, clients_per_block=2, scheme=scheme)
@@ -469,6 +478,7 @@ def test_fedbavg_is_the_mean_of_a_blocks_clients(place):
             assert torch.allclose(found[name], wanted[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_fed_full_is_one_client_after_another_on_all_parameters(place):
     seen = Watched(place, block="model")
     plain = Plain(place)
@@ -480,6 +490,7 @@ def test_fed_full_is_one_client_after_another_on_all_parameters(place):
     assert equal(seen.run.server.tensors, plain.values(seen.run.server.tensors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_badam_walks_over_the_blocks_every_k_steps(every, place):
     seen = Watched(
@@ -495,6 +506,7 @@ def test_badam_walks_over_the_blocks_every_k_steps(every, place):
     assert equal(seen.run.server.tensors, plain.values(seen.run.server.tensors))
 
 
+@pytest.mark.slow
 def test_the_walk_starts_at_the_orders_block_in_each_round(place):
     starts = {}
     for order in ("ascending", "rotating"):
@@ -534,6 +546,7 @@ def test_adapter_weights_are_in_the_optimizer_and_change(method, place):
     assert not any(torch.equal(server[name], initial[name]) for name in names)
 
 
+@pytest.mark.slow
 def test_the_servers_model_is_scored_and_not_the_last_clients(place):
     seen = Watched(place, compression={"operator": "prune", "sparsity": 0.9})
     run, last = seen.run, seen.turns[-1].end
@@ -569,6 +582,7 @@ def test_bytes_are_the_lengths_of_what_was_encoded(place):
         assert down == len(safetensors.torch.save({name: turn.server[name] for name in turn.down}))
 
 
+@pytest.mark.slow
 def test_flops_are_counted_and_fall_with_the_distance_from_the_input(place):
     everything = {"batch_size": 256}
     blocks = Watched(place, rounds=3, pooled=True, order="rotating", training=everything).run

@@ -161,6 +161,7 @@ def test_caches_change_the_bytes_and_nothing_else(method, settings, place):
         assert last_visit.ledger.download < pretrained.ledger.download < none.ledger.download
 
 
+@pytest.mark.slow
 def test_pretrained_costs_nothing_for_what_never_changed(place):
     run = worlds.federation("fedcybgd", place, cache="pretrained", rounds=1)
     run.run()
@@ -175,6 +176,7 @@ def test_pretrained_costs_nothing_for_what_never_changed(place):
     assert down == expected
 
 
+@pytest.mark.slow
 def test_an_update_that_the_server_changes_is_sent_back(place):
     class Damped(FedAvg):
         """Takes half of each change."""
@@ -362,6 +364,7 @@ def test_ten_thousand_clients_of_the_last_visit(place):
     assert len(run.link.copies) == 3_000 and run.ledger.upload > 0
 
 
+@pytest.mark.slow
 def test_the_state_survives_json(place):
     run = worlds.federation("fedcybgd", place, cache="last_visit", compression={"operator": "prune"})
     run.run()

@@ -136,6 +136,7 @@ FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_no_study(name, tmp_path):
     content, message = FILES[name]
@@ -218,6 +219,7 @@ def test_every_nasty_value_at_every_place(plain):
     assert tried > 2000 and refused > 0.7 * tried
 
 
+@pytest.mark.slow
 def test_many_wrong_things_at_once(plain):
     draw = random.Random(1)
     for _ in range(300):
@@ -380,6 +382,7 @@ def through(values, folder):
     return json.loads(folders.record(run).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_data_that_are_odd(name, plain, tmp_path):
     rows, message = TABLES[name]

@@ -149,6 +149,7 @@ def test_float32_copies_of_half_precision_weights_belong_to_the_optimizer():
     assert memory.gradient == 40_000
 
 
+@pytest.mark.slow
 def test_the_state_of_any_other_optimizer_can_be_named():
     model = nn.Linear(100, 100, bias=False)
     state = {}
@@ -166,6 +167,7 @@ def test_the_state_of_any_other_optimizer_can_be_named():
     assert measure_step(step, model).optimizer == 0
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_are_followed():
     class Deep(nn.Module):
         def __init__(self):

@@ -191,6 +191,7 @@ def test_a_single_byte_far_behind_the_beginning_is_found(tmp_path):
     assert tables.guess_encoding(written(tmp_path / "u.csv", rows)) is None
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(0, 8))
 @settings(max_examples=100, deadline=None)
 def test_utf_8_cut_anywhere_is_utf_8(text, cut):
@@ -412,6 +413,7 @@ def test_the_command_prints_notes_and_passes(tmp_path, plain):
     assert "note: tasks.films: column 'label': classes with fewer than 3 examples" in done.stderr
 
 
+@pytest.mark.slow
 def test_classes_are_printed_when_data_are_prepared_and_stand_in_the_record(tmp_path, plain):
     rows = [*ROWS, ("text number 0", "neg"), ("text number 1", "pos")]
     study, lines = with_data(plain, written(tmp_path / "t.csv", rows)), []

@@ -218,6 +218,7 @@ def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_before_any_job(tmp_path):
     mine(tmp_path / "mine", broken="def f(:\n")
     done = command("check", str(study_of(tmp_path)), cwd=tmp_path)

@@ -136,6 +136,7 @@ def hashes(tmp_path_factory) -> dict[str, list[str]]:
     return json.loads(python(folder, "-c", HASHES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_the_hash_of_the_code_changes_with_what_a_run_executes_and_with_nothing_else(name, hashes):
     _, _, run, data = EDITS[name]

@@ -42,6 +42,7 @@ def test_a_changed_data_file_is_prepared_again_and_never_mixed(tmp_path):
         assert after["provenance"][hashed] != before["provenance"][hashed]
 
 
+@pytest.mark.slow
 def test_another_number_of_clients_divides_again(tmp_path):
     first = record(tmp_path, tiny_study.write(tmp_path))
     more = tiny_study.write(tmp_path, federation={"clients": 3, "rounds": 1})
@@ -96,6 +97,7 @@ def test_a_label_that_is_renamed_trains_nothing(tmp_path):
     assert again.pop("content_sha256") == record_module.content_hash(again) and again == after
 
 
+@pytest.mark.slow
 def test_an_edit_that_is_undone_trains_nothing(tmp_path):
     lines, other = [], {"training": {"learning_rate": 2e-3, "batch_size": 16, "device": "cpu"}}
     first, _ = made(tmp_path, RUN, lines)

@@ -81,6 +81,7 @@ def test_yogi_leaves_a_second_moment_that_equals_the_square_and_lowers_one_above
     assert moments["second"].tolist() == near([0.01, 0.01 - 0.01 * 0.05**2])
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([0.0, 1e-3, -0.5, 2.0]), min_size=1, max_size=6))
 def test_adamw_is_the_one_of_pytorch(changes):
     """Also where nobody sent anything: the change is 0, the old moments go on, and the decay applies."""

@@ -24,6 +24,7 @@ def imported_by(code: str) -> set[str]:
     return set(found.stdout.partition("modules:\n")[2].split())
 
 
+@pytest.mark.slow
 def test_checking_the_demo_imports_none_of_the_large_libraries():
     command = "import sys; sys.argv[1:] = ['check', 'config/demo.yaml']; from fedlm.__main__ import main"
     found = imported_by(f"{command}; assert main() == 0")
@@ -31,6 +32,7 @@ def test_checking_the_demo_imports_none_of_the_large_libraries():
     assert found.isdisjoint(HEAVY)
 
 
+@pytest.mark.slow
 def test_what_the_pipeline_imports_at_each_start_is_as_small():
     found = imported_by(
         "import fedlm.study.reading, fedlm.study.check, fedlm.jobs.provenance, fedlm.study.plugins"

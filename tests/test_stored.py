@@ -167,6 +167,7 @@ def scored(run, monkeypatch) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["reset", "client"])
 def test_a_client_s_model_is_scored_where_it_changed(place, quick, monkeypatch, moments):
     options = {"clients": 6, "rounds": 4, "federation": {"participation": 0.34}, "moments": moments}
@@ -212,6 +213,7 @@ def interrupted(place, folder, rounds, lines=None):
     return run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_refers_to_what_clients_keep(place, quick, tmp_path):
     whole = federation(place, rounds=3)
     whole.run()
@@ -234,6 +236,7 @@ def test_a_checkpoint_refers_to_what_clients_keep(place, quick, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
 def test_a_checkpoint_whose_file_is_gone_is_not_used(damage, place, quick, tmp_path):
     whole = federation(place, rounds=3)
@@ -253,6 +256,7 @@ def test_a_checkpoint_whose_file_is_gone_is_not_used(damage, place, quick, tmp_p
     assert outcome(resumed) == outcome(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_had_another_store_is_saved_as_a_whole(place, quick, tmp_path):
     whole = federation(place, rounds=3)
     whole.run()
@@ -268,6 +272,7 @@ def test_a_run_that_had_another_store_is_saved_as_a_whole(place, quick, tmp_path
     assert outcome(resumed) == outcome(whole)
 
 
+@pytest.mark.slow
 def test_no_room_for_a_client_is_one_line_and_costs_nothing_that_was_finished(place, quick, tmp_path):
     whole = federation(place, rounds=3)
     whole.run()

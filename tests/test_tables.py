@@ -32,6 +32,7 @@ def make(folder, expected, titles=TITLES, name="tables", **settings):
     )
 
 
+@pytest.mark.slow
 def test_main_table_holds_what_the_records_hold(tmp_path):
     runs, expected = study(tmp_path)
     make(tmp_path, expected)
@@ -50,6 +51,7 @@ def test_main_table_holds_what_the_records_hold(tmp_path):
             assert row[f"{column}_mean"] == pytest.approx(own[column].mean())
 
 
+@pytest.mark.slow
 def test_rows_come_in_the_order_of_the_study_and_of_the_titles(tmp_path):
     _, expected = study(tmp_path, partitions=("iid", "dirichlet_0.1"), seeds=(1,))
     titles = {name: name.upper() for name in ("head_only", "fedlora", "fedavg")}
@@ -61,6 +63,7 @@ def test_rows_come_in_the_order_of_the_study_and_of_the_titles(tmp_path):
     assert table["title"].tolist()[:4] == ["HEAD_ONLY", "FEDLORA", "FEDAVG", "fedcybgd"]
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes(tmp_path):
     _, expected = study(tmp_path)
     first = make(tmp_path, expected, name="one")
@@ -140,6 +143,7 @@ def test_every_table_names_the_commits_that_made_it(second, dirty, made, tmp_pat
         assert made in (tmp_path / "tables" / f"{name}.md").read_text()
 
 
+@pytest.mark.slow
 def test_missing_runs_are_named_in_every_table(tmp_path):
     gone = {("bbc_news", "iid", "fedlora"), ("movie_reviews", "iid", "fedavg", 2)}
     _, expected = study(tmp_path, skip=gone)
@@ -228,6 +232,7 @@ def test_latex_has_no_bare_percent_sign_and_balanced_environments(tmp_path):
         assert text.isascii(), [character for character in text if not character.isascii()]
 
 
+@pytest.mark.slow
 def test_ranking_has_the_interquartile_mean_of_all_cells(tmp_path):
     runs, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora")}, seeds=(1, 2, 3, 4))
     make(tmp_path, expected)
@@ -240,6 +245,7 @@ def test_ranking_has_the_interquartile_mean_of_all_cells(tmp_path):
     assert table.loc["fedlora", "cells"] == 5 and table.loc["fedavg", "cells"] == 6
 
 
+@pytest.mark.slow
 def test_paired_table_compares_the_same_seeds(tmp_path):
     runs, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora", 1)}, seeds=(1, 2, 3, 4))
     make(tmp_path, expected)
@@ -262,6 +268,7 @@ def test_paired_table_compares_the_same_seeds(tmp_path):
         make(tmp_path, expected, against="nobody")
 
 
+@pytest.mark.slow
 def test_traffic_of_a_turn_is_that_of_a_client_in_a_round(tmp_path):
     _, expected = study(tmp_path, clients=8, rounds=4)
     make(tmp_path, expected)
@@ -321,6 +328,7 @@ def test_reference_file_names_its_sources_and_faults_are_named(tmp_path):
         reference.read_reference(path)
 
 
+@pytest.mark.slow
 def test_terminal_table_fits_into_120_columns(tmp_path):
     runs, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora")})
     long = {label: f"A rather long title of the method {label}" for label in TITLES}
@@ -441,6 +449,7 @@ def test_of_losses_it_is_not_known_and_the_smallest_is_marked(tmp_path):
     assert compared(tmp_path, {"fedavg": 2.0, "fedlora": 2.1}, 40, metric="perplexity") == ["FedAvg"]
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 10_000),
     st.lists(st.integers(0, 100), min_size=2, max_size=6),

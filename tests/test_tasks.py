@@ -100,6 +100,7 @@ def test_bbc_news():
     assert not corpus.rows["text"].duplicated().any()
 
 
+@pytest.mark.slow
 def test_finding_bbc_news_does_not_import_its_package():
     code = (
         "import sys; from fedlm.study.plugins import discover_tasks; discover_tasks()['bbc_news']().check();"
@@ -123,6 +124,7 @@ def test_reviews():
     assert (first["text"], first["label"]) == ("Effective but too tepid biopic", 0)
 
 
+@pytest.mark.slow
 def test_small_talk():
     fetched("chatterbot")
     corpus = TASKS["small_talk"]().load()
@@ -159,6 +161,7 @@ def test_an_archive_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_many_can_fetch_at_once(tmp_path, monkeypatch):
     fetched("chatterbot")
     monkeypatch.setenv("FEDLM_DOWNLOADS", str(tmp_path))

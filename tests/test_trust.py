@@ -92,6 +92,7 @@ def test_the_scan_finds_what_it_looks_for(source):
     assert dangers(source)
 
 
+@pytest.mark.slow
 def test_nothing_in_the_tree_runs_or_unpacks_what_it_reads():
     assert len(SOURCES) > 60
     found = {}

@@ -236,6 +236,7 @@ def test_failed_trials_are_never_chosen_but_count_as_tried(tmp_path):
         tuning.choose(study, "films", "fedavg", folders)
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_was_chosen_and_a_trial_never_sees_the_test_split(tmp_path):
     study, folders = load(study_of(tmp_path)), Folders("study", tmp_path / "results")
     run = Run("films", "iid", "head_only", 1)

@@ -52,6 +52,7 @@ def change(path, *keys, value, hide=False):
         path.write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_untouched_records_have_no_fault(made):
     assert list(verification.faults(*made)) == []
 
@@ -121,6 +122,7 @@ def test_the_cheapest_runs_are_repeated_and_some_at_random(tmp_path):
     assert len(drawn) > 8
 
 
+@pytest.mark.slow
 def test_a_repeated_run_is_the_same_or_as_near_as_another_processor_allows(made):
     study, folders = made
     path, lines = folders.record(RUN), []

@@ -121,6 +121,7 @@ def test_the_servers_model_is_the_mean_of_the_models_that_the_clients_end_with(p
         assert torch.allclose(run.server.tensors[name].double(), mean, rtol=0, atol=2e-6), name
 
 
+@pytest.mark.slow
 def test_a_client_starts_from_the_servers_model_bit_by_bit(place):
     run = worlds.federation("fedkseed", place, seeds=8, payload="float16", **STEPS)
     starts, train = [], run.method.train
@@ -249,6 +250,7 @@ def test_mezo_moves_adapters_and_head_and_nothing_else(place):
         )
 
 
+@pytest.mark.slow
 def test_one_step_of_one_client_by_hand_and_its_seed_gives_the_step_again(place):
     options = {"clients": 1, "rounds": 1, "scheme": {"scheme": "pooled"}, "rank": 2}
     training = {"learning_rate": 1e-3, "local_steps": 1, "batch_size": 4}
