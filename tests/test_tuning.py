@@ -17,7 +17,7 @@ from fedlm.federation.method import Method
 from fedlm.federation.search import LogRange, OneOf
 from fedlm.jobs import cleaning, collecting, record, running, tuning
 from fedlm.jobs.folders import Folders
-from fedlm.results import trials
+from fedlm.results.tuning import read_trials
 from fedlm.study import plugins
 from fedlm.study.reading import load
 from fedlm.study.study import Run
@@ -264,7 +264,7 @@ def test_a_run_takes_what_was_chosen_and_a_trial_never_sees_the_test_split(tmp_p
     assert len(lines) == 4 and all(line.endswith("its record is restored") for line in lines)
     assert cleaning.clean(study, folders, dry_run=True) == []
     assert collecting.collect(study, folders) == (1, [])
-    rows = trials.load(folders.root / "trials.parquet")
+    rows = read_trials(folders.root / "trials.parquet")
     assert list(rows.trial) == [0, 1, 2] and set(rows.status) == {"finished"}
     assert [json.loads(text) for text in rows.searched] == [one["searched"] for one in made]
 
@@ -325,6 +325,6 @@ def test_the_pipeline_tries_chooses_and_runs_and_then_plans_nothing(tmp_path, to
     chosen = json.loads((results / "tuning/films/head_only.json").read_text())["chosen"]
     tuned = json.loads((results / "runs/films/iid/head_only/seed1.json").read_text())
     assert tuned["searched"] == chosen
-    assert list(trials.load(results / "trials.parquet").trial) == [0, 1]
+    assert list(read_trials(results / "trials.parquet").trial) == [0, 1]
     again = subprocess.run([*command, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr, again.stderr[-2000:]

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pyarrow
 import pyarrow.parquet
 
@@ -37,14 +36,6 @@ def collect(records: Iterable[Path], destination: Path) -> int:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
     write_atomically(destination, sink.getvalue())
     return len(rows)
-
-
-def load(path: Path) -> pandas.DataFrame:
-    """Return `trials.parquet` as a frame; raise UserError if it is absent or of another layout."""
-    try:
-        return pyarrow.parquet.read_table(path).cast(_SCHEMA).to_pandas()
-    except (OSError, pyarrow.ArrowInvalid, ValueError):
-        raise UserError(f"{path}: not a file of trials; make it again with `collect`") from None
 
 
 def _row(path: Path) -> dict[str, Any]:
