@@ -328,3 +328,23 @@ def test_the_pipeline_tries_chooses_and_runs_and_then_plans_nothing(tmp_path, to
     assert list(read_trials(results / "trials.parquet").trial) == [0, 1]
     again = subprocess.run([*command, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr, again.stderr[-2000:]
+
+    # What git tracks is not made again elsewhere, where neither times nor Snakemake's notes are known ...
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    kept = ["runs", "trials", "tuning", "runs.parquet", "rounds.parquet", "trials.parquet"]
+    for words in (
+        ["init", "-q"],
+        ["add", *(f"results/study/{name}" for name in kept)],
+        ["commit", "-qm", "a"],
+    ):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(tmp_path), str(clone)], check=True)
+    again = subprocess.run([*command, "-n"], cwd=clone, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr, again.stderr[-2000:]
+    # ... and never taken for a study of other settings.
+    study_of(
+        tmp_path, pipeline=pipeline, tuning={**TUNING, "trials": 2}, federation={"clients": 2, "rounds": 2}
+    )
+    again = subprocess.run([*command, "-n"], cwd=clone, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "in git, but made with other settings" in again.stderr, again.stderr

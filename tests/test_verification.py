@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import test_tuning
 import tiny_study  # noqa: F401  (puts the repository on the path)
 
-from fedlm.jobs import collecting, record, reports, running, tuning, verification
+from fedlm.base.errors import UserError
+from fedlm.jobs import collecting, record, reports, running, tracked, tuning, verification
 from fedlm.jobs.folders import Folders
 from fedlm.study.reading import load
 from fedlm.study.study import Run
@@ -160,3 +163,27 @@ def test_tables_and_figures_follow_from_the_records_to_the_byte(made, finished, 
         f"{main}: not what the records give",
         f"{figure}: missing; the records give it",
     ]
+
+
+def test_tracked_records_are_settled_while_they_are_unchanged_and_fit_the_study(made, tmp_path, monkeypatch):
+    study, folders = made
+    (tmp_path / "results").mkdir()
+    folders.root.rename(tmp_path / "results/study")
+    monkeypatch.chdir(tmp_path)
+    folders, figures = Folders("study", Path("results")), Path("figures/study")
+    assert tracked.settle(study, folders, figures) == set()  # not in git
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "results"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    runs = {run.path for run in (*study.runs(), *study.trials())}
+    assert len(runs) == 4 and tracked.settle(study, folders, figures) == runs
+    times = {path.stat().st_mtime for path in Path("results").rglob("*.json")}
+    assert len(times) == 1
+
+    change(folders.record(RUN), "test_score", value=0.5)
+    assert tracked.settle(study, folders, figures) == runs - {RUN.path}
+    subprocess.run([*git, "commit", "-qam", "b"], check=True)
+    assert tracked.settle(study, folders, figures) == runs
+    shorter = study.model_copy(update={"training": study.training.model_copy(update={"batch_size": 8})})
+    with pytest.raises(UserError, match=r"in git, but made with other settings .* \(4 such records\)"):
+        tracked.settle(shorter, folders, figures)

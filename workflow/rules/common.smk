@@ -11,6 +11,8 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 
 import fedlm.study.reading
+from fedlm.jobs import tracked
+from fedlm.jobs.folders import Folders
 from fedlm.study.check import check
 from fedlm.base.errors import FailedRun, UserError
 from fedlm.jobs import obstacles
@@ -52,6 +54,8 @@ try:
     # A Path, not a string: where the study file is must not cause a job to run again.
     STUDY_FILE = study_file()
     study = fedlm.study.reading.load(STUDY_FILE)
+    # Runs and trials whose records came with the repository: no job makes them, so they depend on nothing.
+    SETTLED = tracked.settle(study, Folders(study.study), Path("figures", study.study))
     if workflow.is_main_process:
         for note in check(study):
             print(f"note: {note}", file=sys.stderr)
@@ -177,6 +181,32 @@ def record_of(run):
     return (RECORD if run.trial is None else TRIAL).format(**run._asdict())
 
 
+def unless_settled(path, *patterns):
+    """Return an input function: the files, or nothing for a run or trial that no job needs to make."""
+
+    def files(wildcards):
+        if path.format(**wildcards) in SETTLED:
+            return []
+        return [pattern.format(**wildcards) for pattern in patterns]
+
+    return files
+
+
+def trials_of(wildcards):
+    """Return the records from which a method's settings are chosen; none if they and the choice are settled."""
+    own = [
+        run
+        for run in TRIALS
+        if (run.task, run.method) == (wildcards.task, wildcards.method)
+    ]
+    if (
+        all(run.path in SETTLED for run in own)
+        and Path(CHOICE.format(**wildcards)).exists()
+    ):
+        return []
+    return [record_of(run) for run in own]
+
+
 def choice_of(task, method):
     """Return the file of the settings chosen for a method, as a list that is empty without tuning."""
     if study.tuning is None:
@@ -225,7 +255,9 @@ def memory_mb(task, method, predictions, attempt):
         predicted = json.loads(Path(path).read_text()).get(f"{task}/{method}")
         if predicted:
             turn = "parameter_bytes" if study.pipeline.gpus else "peak_memory_bytes"
-            held = 5 * predicted["exchanged_bytes"] + 2 * predicted.get("server_bytes", 0)
+            held = 5 * predicted["exchanged_bytes"] + 2 * predicted.get(
+                "server_bytes", 0
+            )
             needed = PROCESS_MB + (predicted[turn] + held) / 1e6
     return int(needed * (1 + 0.5 * (attempt - 1)))
 

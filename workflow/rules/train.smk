@@ -2,14 +2,22 @@
 # starting Python with PyTorch takes longer than a tiny run.
 
 
+RUN, TRIED = (
+    "{task}/{partition}/{method}/seed{seed}",
+    "{task}/{partition}/{method}/trial{trial}",
+)
+TUNED = f"{RESULTS}/partitions/{{task}}/{{partition}}/seed{study.tuning.seed if study.tuning else 0}.json"
+
 if study.pipeline.runs_per_job == 1:
 
     rule train:
         input:
-            examples=EXAMPLES,
-            description=DESCRIPTION,
-            partition=PARTITION,
-            choice=lambda wildcards: choice_of(wildcards.task, wildcards.method),
+            data=unless_settled(RUN, EXAMPLES, DESCRIPTION, PARTITION),
+            choice=lambda wildcards: (
+                []
+                if RUN.format(**wildcards) in SETTLED
+                else choice_of(wildcards.task, wildcards.method)
+            ),
             predictions=predictions,
         output:
             RECORD,
@@ -37,10 +45,11 @@ if study.pipeline.runs_per_job == 1:
 
     rule trial:
         input:
-            examples=EXAMPLES,
-            description=DESCRIPTION,
-            partition=lambda wildcards: PARTITION.format(
-                seed=study.tuning.seed, **wildcards
+            data=unless_settled(
+                TRIED,
+                EXAMPLES,
+                DESCRIPTION,
+                *([TUNED] if study.tuning else []),
             ),
             predictions=predictions,
         output:
@@ -58,9 +67,7 @@ if study.pipeline.runs_per_job == 1:
             gpu=study.pipeline.gpus,
         params:
             study=STUDY_FILE,
-            run=lambda wildcards: "{task}/{partition}/{method}/trial{trial}".format(
-                **wildcards
-            ),
+            run=lambda wildcards: TRIED.format(**wildcards),
             depends_on=lambda wildcards: trial_depends_on(
                 wildcards.task,
                 wildcards.partition,
@@ -74,9 +81,8 @@ if study.pipeline.runs_per_job == 1:
 
 else:
 
-    for number, bundle in enumerate(
-        bundles(RUNS + TRIALS, study.pipeline.runs_per_job)
-    ):
+    UNSETTLED = [run for run in RUNS + TRIALS if run.path not in SETTLED]
+    for number, bundle in enumerate(bundles(UNSETTLED, study.pipeline.runs_per_job)):
 
         rule:
             name:
@@ -120,11 +126,7 @@ else:
 # The settings that a study with `tuning` chooses for each method on each task.
 rule choose:
     input:
-        lambda wildcards: [
-            record_of(trial)
-            for trial in TRIALS
-            if (trial.task, trial.method) == (wildcards.task, wildcards.method)
-        ],
+        trials_of,
     output:
         CHOICE,
     log:

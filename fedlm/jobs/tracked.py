@@ -1,0 +1,65 @@
+"""Results that git tracks: they were made elsewhere, and are not made again."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from fedlm.base.errors import UserError
+from fedlm.jobs import tuning
+from fedlm.jobs.folders import Folders
+from fedlm.study.reading import of_record
+from fedlm.study.study import Run, Study
+
+
+def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
+    """Return the paths of the runs and trials whose records git tracks and nobody changed since.
+
+    Git does not keep the times of files, by which a pipeline judges what is outdated. So all files of the
+    study that are as committed get one time, that of their last commit.
+
+    Raises UserError if such a record has other settings than the study gives its run.
+    """
+    kept = _unchanged(folders.root, figures)
+    if not kept:
+        return set()
+    stamp = int(_git("log", "-1", "--format=%ct", "--", str(folders.root), str(figures)))
+    for path in kept:
+        if path.stat().st_mtime != stamp:
+            os.utime(path, (stamp, stamp))
+    runs = [run for run in (*study.runs(), *study.trials()) if folders.record(run) in kept]
+    other = [folders.record(run) for run in runs if not _fits(study, run, folders)]
+    if other:
+        raise UserError(
+            f"{other[0]}: in git, but made with other settings than the study gives it now ({len(other)} "
+            "such records); allowed: the study as it was, another name under `study`, or removing them (git rm)"
+        )
+    return {run.path for run in runs}
+
+
+def _unchanged(*places: Path) -> set[Path]:
+    """Return the files below these folders that git tracks and that are as committed; none outside git."""
+    folders = [str(place) for place in places if place.is_dir()]
+    if not folders:
+        return set()
+    try:
+        tracked = _git("ls-files", "-z", "--", *folders).split("\0")
+        changed = _git("diff", "--name-only", "--relative", "-z", "HEAD", "--", *folders).split("\0")
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    return {Path(name) for name in {*tracked} - {*changed} if name}
+
+
+def _fits(study: Study, run: Run, folders: Folders) -> bool:
+    """Return whether a record has the settings that the study gives its run."""
+    try:
+        record = json.loads(folders.record(run).read_text())
+        own = of_record(record).run(run.task, run.partition, run.method, run.seed)
+        return own.resolved() == tuning.configuration(study, run, folders).resolved()
+    except (OSError, UserError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
