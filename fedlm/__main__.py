@@ -196,6 +196,28 @@ def rerun(
 
 
 @app.command()
+def compare(
+    method: Annotated[
+        str, typer.Argument(help="Name of a method, or a Python file with one, whose code runs.")
+    ],
+    study: Annotated[
+        str, typer.Option(help="A tuned study: a file, or the name of one in config/.")
+    ] = "benchmark",
+    results: Results = Path("results"),
+) -> None:
+    """Tune and run a method as a study's other methods were, and place it in their ranking.
+
+    What is finished already is not repeated, so the command can be interrupted and started again.
+    """
+    from fedlm.jobs import comparing, running
+
+    found, label = comparing.study_with(study, method)
+    apart = comparing.compare(found, label, _folders(found, results), running.log)
+    print((apart.root / "tables" / "ranking.md").read_text())
+    print(f"tables   {apart.root / 'tables'}\nfigures  {apart.root / 'figures'}")
+
+
+@app.command()
 def verify(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.")],
     results: Results = Path("results"),

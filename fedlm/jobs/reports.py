@@ -10,6 +10,17 @@ from fedlm.results.devices import read_devices
 from fedlm.study.study import Study
 
 
+def beside(study: Study, folders: Folders, place: Path) -> Folders:
+    """Return folders below `place` with the study's records, from which reports can be made a second time."""
+    again = Folders(study.study, place)
+    again.root.mkdir(parents=True, exist_ok=True)
+    for part in ("runs", "trials", "tuning", "partitions", "costs"):
+        link = again.root / part
+        if (folders.root / part).is_dir() and not link.exists():
+            link.symlink_to((folders.root / part).resolve())
+    return again
+
+
 def show(study: Study, folders: Folders) -> str:
     """Return the main table for a terminal."""
     runs = folders.root / "runs.parquet"

@@ -32,7 +32,7 @@ def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
     if other:
         raise UserError(
             f"{other[0]}: in git, but made with other settings than the study gives it now ({len(other)} "
-            "such records); allowed: the study as it was, another name under `study`, or removing them (git rm)"
+            "such records); allowed: the study as it was, another name under `study`, or to git rm them"
         )
     return {run.path for run in runs}
 

@@ -85,11 +85,7 @@ def differences(study: Study, folders: Folders, figures: Path) -> Iterator[str]:
     `figures`.
     """
     with tempfile.TemporaryDirectory(prefix="fedlm-verify-") as aside:
-        again = Folders(study.study, Path(aside))
-        again.root.mkdir()
-        for part in ("runs", "trials", "tuning", "partitions", "costs"):
-            if (folders.root / part).is_dir():
-                (again.root / part).symlink_to((folders.root / part).resolve())
+        again = reports.beside(study, folders, Path(aside))
         collecting.collect(study, again)
         pairs = [(path, folders.root / path.name) for path in sorted(again.root.glob("*.parquet"))]
         pairs += [(path, folders.root / "tables" / path.name) for path in reports.write_tables(study, again)]

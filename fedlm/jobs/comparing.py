@@ -1,0 +1,63 @@
+"""A method of one's own beside the records of a study: tuned by the same rule, run on the same cells."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlm.base.errors import UserError
+from fedlm.jobs import collecting, reports, running, tuning
+from fedlm.jobs.folders import Folders
+from fedlm.study.check import check
+from fedlm.study.reading import parse
+from fedlm.study.study import Study
+from fedlm.study.yaml_files import read_yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "config"
+
+
+def study_with(study: str, method: str) -> tuple[Study, str]:
+    """Return a study with a row for a method, and the row's label.
+
+    Args:
+        study: a study file, or the name of one in `config/`.
+        method: the name of a method, the label of a row that the study has, or a Python file with a method.
+
+    Raises UserError if one of them cannot be used, or the study has no tuning.
+    """
+    path = Path(study) if study.endswith((".yaml", ".yml")) else CONFIGS / f"{study}.yaml"
+    values, label = read_yaml(path), method
+    if method.endswith(".py"):
+        own = Path(method).resolve()
+        label = own.stem
+        values["plugins"] = [*(values.get("plugins") or []), str(own.parent)]
+    if isinstance(values.get("methods"), dict):
+        values["methods"].setdefault(label, None)
+    found = parse(values, str(path), path.parent)
+    if found.tuning is None:
+        raise UserError(f"{path}: has no tuning; allowed: a study whose methods are tuned")
+    return found, label
+
+
+def compare(study: Study, label: str, folders: Folders, log: Callable[[str], None]) -> Folders:
+    """Tune and run one row of a study, where its records are missing; return the folders of its tables.
+
+    The records lie beside the study's. The tables and figures, which show the row in the ranking, lie apart,
+    in `compare/<label>`: the study's own are not touched.
+    """
+    check(study)
+    trials = [run for run in study.trials() if run.method == study.tuned_row(label)]
+    runs = [run for run in study.runs() if run.method == label]
+    left = [run for run in (*trials, *runs) if not folders.record(run).exists()]
+    log(f"{label}: {len(trials)} trials and {len(runs)} runs, {len(left)} to do")
+    for run in trials:
+        if run in left:
+            running.execute(study, run, folders.record(run), folders, log)
+    for task in dict.fromkeys(run.task for run in trials):
+        tuning.choose(study, task, study.tuned_row(label), folders)
+    for run in runs:
+        if run in left:
+            running.execute(study, run, folders.record(run), folders, log)
+    apart = reports.beside(study, folders, folders.root / "compare" / label)
+    collecting.collect(study, apart)
+    reports.write_tables(study, apart)
+    reports.draw_figures(study, apart, apart.root / "figures")
+    return apart
