@@ -94,7 +94,12 @@ def test_prediction_is_measurement_for_every_method(name, settings, place, padde
     assert found.exchanged == sum(run.server.tensors[name].numel() for name in run.method.exchanged)
 
 
-@pytest.mark.parametrize(("name", "family", "kind"), KINDS)
+# What a family or a kind of task can spoil, the core methods show; each other method is predicted in two.
+CORE = ("fedavg", "fedcybgd", "fedlora", "fedprompt")
+FEWER = [case for number, case in enumerate(KINDS) if case[0] in CORE or number % 5 < 2]
+
+
+@pytest.mark.parametrize(("name", "family", "kind"), FEWER)
 def test_prediction_is_measurement_in_each_family_and_kind(name, family, kind, place, padded):
     run = ran(name, place, family=family, kind=kind, rounds=1, **defaults(name, {}))
     agree(run, predicted(run, place, family=family))
@@ -195,7 +200,8 @@ def test_a_table_for_any_config_json(tmp_path):
     for source in (folder, shape):
         done = command(
             *("--model", source, "--method", "fedcybgd", "--method", "fedlora", "--length", 16),
-            *("--output", tmp_path / "out", "--figures", tmp_path / "drawn"),
+            *("--output", tmp_path / "out"),
+            *(("--figures", tmp_path / "drawn") if source == shape else ()),
         )
         assert done.returncode == 0, done.stderr
         assert "FedCyBGD" in done.stdout and "FedLoRA" in done.stdout

@@ -23,8 +23,8 @@ RELATIVES = {
 }
 METHODS = {name: {"tokens": 4} if name == "fedprompt" else None for name in discover_methods()} | RELATIVES
 FEDERATION = {"clients": 2, "rounds": 4, "participation": 0.7, "dropout_rate": 0.2}
-# What no two runs have in common.
-TIMES = {"seconds", "train_seconds", "wall_seconds", "resident_set_bytes"}
+# What no two runs have in common: times, and the hash of a content that holds them.
+TIMES = {"seconds", "train_seconds", "wall_seconds", "resident_set_bytes", "content_sha256"}
 
 
 def comparable(record: dict) -> dict:
