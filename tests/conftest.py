@@ -1,6 +1,8 @@
 """Shared by all tests: no network, few threads, one folder for tiny models."""
 
 import os
+import sys
+from contextlib import nullcontext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,14 @@ def pytest_addoption(parser):
 def place(tmp_path_factory):
     """A folder for tiny models, one for the whole session."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def older_objects():
+    """Set what is imported aside for a whole module: each run would do so again, a tenth of a second each."""
+    memory = sys.modules.get("fedlm.measure.memory")
+    with memory.older_objects_set_aside() if memory else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")
