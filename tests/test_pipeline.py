@@ -186,14 +186,14 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
 
 def test_a_renamed_label_trains_nothing(tmp_path):
     place = Place(tmp_path, methods={"head_only": None}, federation={"clients": 2, "rounds": 1})
-    status, output = place.snakemake("tables")
+    status, output = place.snakemake("collect")
     assert status == 0 and "head_only/seed1: round 1/1" in output, output
     place.write(methods={"only_the_head": {"method": "head_only"}})
-    status, output = place.snakemake("tables")
+    status, output = place.snakemake("collect")
     assert status == 0, output
     assert "only_the_head/seed1: already finished; its record is restored" in output
     assert ": round " not in output
-    table = pandas.read_csv(tmp_path / "results/tiny/tables/main.csv")
+    table = pandas.read_parquet(tmp_path / "results/tiny/runs.parquet")
     assert list(table["method"]) == ["only_the_head"]
 
 

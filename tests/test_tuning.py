@@ -312,25 +312,27 @@ def test_a_changed_record_is_noticed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [1, 2])
-def test_the_pipeline_tries_chooses_and_runs_and_then_plans_nothing(tmp_path, together):
+def test_the_pipeline_tries_chooses_and_runs_and_then_plans_nothing(tmp_path):
     root = Path(__file__).resolve().parent.parent
-    pipeline = {"checkpoint_seconds": 0, "runs_per_job": together}
-    study = study_of(tmp_path, pipeline=pipeline, tuning={**TUNING, "trials": 2})
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", "1"]
-    command += ["collect", "--configfile", str(study)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = {"tuning": {**TUNING, "trials": 2}}
+    study = study_of(tmp_path, pipeline={"checkpoint_seconds": 0, "runs_per_job": 2}, **changes)
+
+    def snakemake(folder, *words, target="collect"):
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--cores", "1"]
+        command += [target, *words, "--configfile", str(study)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    status, output = snakemake(tmp_path)
+    assert status == 0, output[-3000:]
     results = tmp_path / "results/study"
     chosen = json.loads((results / "tuning/films/head_only.json").read_text())["chosen"]
     tuned = json.loads((results / "runs/films/iid/head_only/seed1.json").read_text())
     assert tuned["searched"] == chosen
     assert list(read_trials(results / "trials.parquet").trial) == [0, 1]
-    again = subprocess.run([*command, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr, again.stderr[-2000:]
+    status, output = snakemake(tmp_path, "-n")
+    assert status == 0 and "Nothing to be done" in output, output[-2000:]
 
-    if together == 1:
-        return
     # What git tracks is not made again elsewhere, where neither times nor Snakemake's notes are known ...
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
     kept = ["runs", "trials", "tuning", "runs.parquet", "rounds.parquet", "trials.parquet"]
@@ -342,11 +344,15 @@ def test_the_pipeline_tries_chooses_and_runs_and_then_plans_nothing(tmp_path, to
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(tmp_path), str(clone)], check=True)
-    again = subprocess.run([*command, "-n"], cwd=clone, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "Nothing to be done" in again.stdout + again.stderr, again.stderr[-2000:]
+    study_of(tmp_path, **changes)  # now a job for each run
+    status, output = snakemake(clone, "-n")
+    assert status == 0 and "Nothing to be done" in output, output[-2000:]
+    gone = "results/study/runs/films/iid/head_only/seed1.json"
+    (clone / gone).unlink()
+    status, output = snakemake(clone, "-n", target=gone)
+    planned = re.findall(r"^Job \d+: (\w+ (?:settings )?)", output, re.MULTILINE)
+    assert status == 0 and "Training " in planned and "Trying settings " not in planned, output[-2000:]
     # ... and never taken for a study of other settings.
-    study_of(
-        tmp_path, pipeline=pipeline, tuning={**TUNING, "trials": 2}, federation={"clients": 2, "rounds": 2}
-    )
-    again = subprocess.run([*command, "-n"], cwd=clone, capture_output=True, text=True, check=False)
-    assert again.returncode == 2 and "in git, but made with other settings" in again.stderr, again.stderr
+    study_of(tmp_path, federation={"clients": 2, "rounds": 2}, **changes)
+    status, output = snakemake(clone, "-n")
+    assert status == 2 and "in git, but made with other settings" in output, output
