@@ -120,6 +120,17 @@ def methods_used():
     return syntax_hash(with_imports(files))
 
 
+def claimed_methods():
+    """Return a hash of the meaning of the method files whose costs the claims name."""
+    from fedlm.results.claims import read_claims, to_predict
+    from fedlm.study.plugins import discover_methods
+
+    names = {needed.method for needed in to_predict(read_claims())}
+    known = discover_methods()
+    files = [file_of(known[name]) for name in sorted(names & set(known))]
+    return syntax_hash(with_imports(files))
+
+
 def own_files(wildcards):
     """Return the user's own files of a task and its model: when they change, everything after them is redone."""
     model = study.tasks[wildcards.task].model or study.model

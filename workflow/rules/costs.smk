@@ -1,8 +1,5 @@
 # What each method would cost: needs neither data nor weights nor runs.
 
-from fedlm.results.claims import read_claims, to_predict
-from fedlm.study.plugins import discover_methods
-
 
 rule predict:
     output:
@@ -29,14 +26,6 @@ rule predict:
     shell:
         "{{ python3 -m fedlm costs --config {params.study:q} --predictions {output}"
         " || [ -s {output} ] || echo '{{}}' > {output}; }} 2>&1 | tee {log}"
-
-
-def claimed_methods():
-    """Return a hash of the meaning of the method files whose costs the claims name."""
-    names = {needed.method for needed in to_predict(read_claims())}
-    known = discover_methods()
-    files = [file_of(known[name]) for name in sorted(names & set(known))]
-    return syntax_hash(with_imports(files))
 
 
 if CONTENTS.judges():
