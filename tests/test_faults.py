@@ -319,7 +319,7 @@ def test_too_little_memory(undisturbed, tmp_path):
             save(self, round, tensors, plain)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), -1))
-            torch.ones(1 << 26)  # 256 MB
+            torch.empty(1 << 33)  # 32 GB: more than other tests may have left to this process
 
         Checkpoints.save = saves
         make(study, results)()
