@@ -15,12 +15,6 @@ def pytest_addoption(parser):
     parser.addoption("--method-settings", default="{}", help="its settings, as JSON")
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, or one process would be left with them in the end."""
-    longest = ("test_pipeline.py", "test_costs.py", "test_methods.py")
-    items.sort(key=lambda item: item.path.name not in longest)
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A folder for tiny models, one for the whole session."""
