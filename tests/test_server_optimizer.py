@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 from test_config import changed, faults
 from test_doors import final, predicted, ran
 
-from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.server_optimizer import follow
 from fedlm.federation.settings import Federation, ServerOptimizer
 from fedlm.federation.state import Server
@@ -127,20 +126,7 @@ def test_zero_settings_are_plain_averaging_bit_for_bit(method, place):
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(values, place, tmp_path):
     options = {"rounds": 3, "federation": {"server_optimizer": values}}
     whole = ran("scaffold", place, **options)
-
-    class Cut(Exception):
-        pass
-
-    def cut(line):
-        if line.startswith("round 2"):
-            raise Cut
-
-    checkpoints = Checkpoints(tmp_path, "fingerprint", print)
-    with pytest.raises(Cut):
-        worlds.federation("scaffold", place, log=cut, **options).run(checkpoints)
-    lines: list[str] = []
-    again = worlds.federation("scaffold", place, log=lines.append, **options)
-    again.run(checkpoints)
+    again, lines = worlds.resumed("scaffold", place, tmp_path, **options)
     assert lines[0].startswith("resumed after round ")
     assert final(again) == final(whole)
     for name, moments in whole.server.moments.items():

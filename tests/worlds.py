@@ -1,9 +1,11 @@
 """Small federations in memory: a tiny random model, made-up sentences, any method."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy
 import pandas
+import pytest
 import tiny
 from tiny_study import sentences
 from transformers import AutoTokenizer
@@ -13,6 +15,7 @@ from fedlm.data.prepared import Prepared
 from fedlm.data.schemes import parse
 from fedlm.data.task import Corpus, Task
 from fedlm.data.tokenising import tokenise
+from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Federation
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
@@ -111,3 +114,22 @@ def federation(
 def values(run: Federation) -> dict[str, numpy.ndarray]:
     """Return the server's exchanged parameters."""
     return {name: run.server.tensors[name].numpy() for name in run.method.exchanged}
+
+
+def resumed(method: str, place, folder: Path, **options) -> tuple[Federation, list[str]]:
+    """Return a run that was cut off after round 2 and continued to its end, and what it logged then."""
+
+    class Cut(Exception):
+        pass
+
+    def cut(line):
+        if line.startswith("round 2"):
+            raise Cut
+
+    checkpoints = Checkpoints(folder, "fingerprint", print)
+    with pytest.raises(Cut):
+        federation(method, place, log=cut, **options).run(checkpoints)
+    lines: list[str] = []
+    again = federation(method, place, log=lines.append, **options)
+    again.run(checkpoints)
+    return again, lines

@@ -8,7 +8,7 @@ from fedlm.jobs import collecting, reports, running, tuning
 from fedlm.jobs.folders import Folders
 from fedlm.study.check import check
 from fedlm.study.reading import parse
-from fedlm.study.study import Study
+from fedlm.study.study import Run, Study
 from fedlm.study.yaml_files import read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "config"
@@ -48,14 +48,16 @@ def compare(study: Study, label: str, folders: Folders, log: Callable[[str], Non
     runs = [run for run in study.runs() if run.method == label]
     left = [run for run in (*trials, *runs) if not folders.record(run).exists()]
     log(f"{label}: {len(trials)} trials and {len(runs)} runs, {len(left)} to do")
-    for run in trials:
-        if run in left:
-            running.execute(study, run, folders.record(run), folders, log)
+
+    def make(some: list[Run]) -> None:
+        for run in some:
+            if run in left:
+                running.execute(study, run, folders.record(run), folders, log)
+
+    make(trials)
     for task in dict.fromkeys(run.task for run in trials):
         tuning.choose(study, task, study.tuned_row(label), folders)
-    for run in runs:
-        if run in left:
-            running.execute(study, run, folders.record(run), folders, log)
+    make(runs)
     apart = reports.beside(study, folders, folders.root / "compare" / label)
     collecting.collect(study, apart)
     reports.write_tables(study, apart)

@@ -67,11 +67,11 @@ def source_of(plugins: Iterable[Path], root: Path = ROOT) -> dict[str, object]:
     inside = [sources.shown(path, root) for path in plugins if sources.is_inside(path, root)]
     outside = [path for path in plugins if not sources.is_inside(path, root)]
     try:
-        commit = _git(root, "rev-parse", "HEAD").strip()
-        changed = _git(
+        commit = git(root, "rev-parse", "HEAD").strip()
+        changed = git(
             root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!figures"
         )
-        unknown = _git(root, "ls-files", "--others", "-z", "--", *FOLDERS, *inside).split("\0")
+        unknown = git(root, "ls-files", "--others", "-z", "--", *FOLDERS, *inside).split("\0")
     except (OSError, subprocess.SubprocessError):
         commit, changed, unknown = "unknown", "all of it", []
     untracked = {}
@@ -90,7 +90,8 @@ def _files_below(path: Path) -> list[Path]:
     return [one for one in found if one.is_file() and "__pycache__" not in one.parts]
 
 
-def _git(root: Path, *words: str) -> str:
+def git(root: Path, *words: str) -> str:
+    """Return what a git command prints about a repository, given a folder in it; raise where it fails."""
     # Inside a git hook the first ones name another repository or index. The last one keeps git from locking
     # the index, which the user may need for a commit.
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")

@@ -3,13 +3,18 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedlm.base.errors import UserError
 from fedlm.jobs import tuning
 from fedlm.jobs.folders import Folders
+from fedlm.jobs.provenance import git
 from fedlm.study.reading import of_record
 from fedlm.study.study import Run, Study
+
+HERE = Path()  # results lie below the working directory
 
 
 def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
@@ -23,7 +28,7 @@ def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
     kept = _unchanged(folders.root, figures)
     if not kept:
         return set()
-    stamp = int(_git("log", "-1", "--format=%ct", "--", str(folders.root), str(figures)))
+    stamp = int(git(HERE, "log", "-1", "--format=%ct", "--", str(folders.root), str(figures)))
     for path in kept:
         if path.stat().st_mtime != stamp:
             os.utime(path, (stamp, stamp))
@@ -43,23 +48,30 @@ def _unchanged(*places: Path) -> set[Path]:
     if not folders:
         return set()
     try:
-        tracked = _git("ls-files", "-z", "--", *folders).split("\0")
-        changed = _git("diff", "--name-only", "--relative", "-z", "HEAD", "--", *folders).split("\0")
+        tracked = git(HERE, "ls-files", "-z", "--", *folders).split("\0")
+        changed = git(HERE, "diff", "--name-only", "--relative", "-z", "HEAD", "--", *folders).split("\0")
     except (OSError, subprocess.SubprocessError):
         return set()
     return {Path(name) for name in {*tracked} - {*changed} if name}
 
 
 def _fits(study: Study, run: Run, folders: Folders) -> bool:
-    """Return whether a record has the settings that the study gives its run."""
     try:
         record = json.loads(folders.record(run).read_text())
-        own = of_record(record).run(run.task, run.partition, run.method, run.seed)
-        return own.resolved() == tuning.configuration(study, run, folders).resolved()
+        return not any(True for _ in other_settings(record, study, run, folders))
     except (OSError, UserError, ValueError, KeyError, TypeError):
         return False
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout
+def other_settings(record: dict[str, Any], study: Study, run: Run, folders: Folders) -> Iterator[str]:
+    """Yield a line for each setting of a record that is not what the study gives its run.
+
+    Raises UserError if the record's settings cannot be read, or the study's are not yet chosen.
+    """
+    # Read again as a study, since a setting that is younger than the record has its default there.
+    own = of_record(record).run(run.task, run.partition, run.method, run.seed).resolved()
+    for section, values in tuning.configuration(study, run, folders).resolved().items():
+        given = own[section]
+        for key in values | given:
+            if given.get(key) != values.get(key):
+                yield f"{section}.{key} is {given.get(key)!r}; the study says {values.get(key)!r}"

@@ -12,7 +12,7 @@ from fedlm.base.errors import UserError
 from fedlm.jobs import collecting, reports, rerun, tuning
 from fedlm.jobs.folders import Folders
 from fedlm.jobs.record import content_hash
-from fedlm.study.reading import of_record
+from fedlm.jobs.tracked import other_settings
 from fedlm.study.study import Run, Study
 
 # Scores that are a share of the test examples, whose standard error follows from their number.
@@ -57,13 +57,7 @@ def _faults_of(found: dict[str, Any], study: Study, run: Run, folders: Folders) 
     for label, value in {**run._asdict(), "study": study.study}.items():
         if found.get(label) != value:
             yield f"{label} is {found.get(label)!r}; its place says {value!r}"
-    # Read again as a study, since a setting that is younger than the record has its default there.
-    own = of_record(found).run(run.task, run.partition, run.method, run.seed).resolved()
-    for section, values in tuning.configuration(study, run, folders).resolved().items():
-        given = own[section]
-        for key in values | given:
-            if given.get(key) != values.get(key):
-                yield f"{section}.{key} is {given.get(key)!r}; the study says {values.get(key)!r}"
+    yield from other_settings(found, study, run, folders)
     if found["status"] != "finished":
         return
     # Sums that every record states twice.

@@ -30,8 +30,8 @@ def collect(records: Iterable[Path], destination: Path) -> int:
     `status` is "finished" or "failed"; a failed trial has an `error` and no scores. `searched` is JSON: the
     value of each searched setting. Raises UserError if a file is not the record of a trial, naming it.
     """
-    rows = [_row(path) for path in sorted(set(records))]
-    rows.sort(key=lambda row: [row[name] for name in ("task", "partition", "method", "trial")])
+    place = ("task", "partition", "method", "trial")
+    rows = sorted(map(_row, records), key=lambda row: [row[name] for name in place])
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="zstd")
     write_atomically(destination, sink.getvalue())
