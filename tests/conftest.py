@@ -1,18 +1,28 @@
 """Shared by all tests: no network, few threads, one folder for tiny models."""
 
 import os
+import shutil
 import sys
+import tempfile
 from contextlib import nullcontext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
+
+# The processes that pytest starts to share the tests inherit this folder.
+OWN_CACHE = None if "FEDLM_CACHE" in os.environ else tempfile.mkdtemp(prefix="fedlm-tests-")
+os.environ.setdefault("FEDLM_CACHE", OWN_CACHE or "")
 
 
 def pytest_addoption(parser):
     parser.addoption("--method-file", help="test this method instead of those of the folder")
     parser.addoption("--method-settings", default="{}", help="its settings, as JSON")
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from fedlm.results import (
     tuning,
 )
 from fedlm.results.claims import CLAIMS, judge, read_claims, to_predict
-from fedlm.results.contents import Contents, cohorts
+from fedlm.results.contents import TABLES, Contents, cohorts, names_of_tables
 from fedlm.results.devices import read_devices
 from fedlm.results.ranking import compare_all, families, ranking_table
 from fedlm.results.scene import Scene
@@ -655,7 +655,7 @@ def tabled(study, tmp_path_factory):
 @pytest.mark.parametrize("has", [EVERYTHING, None])
 def test_tables_are_written_for_what_a_study_has(has, study, tabled, tmp_path):
     written = written_tables(study, tmp_path, has)
-    names = tables.names(has) if has else tables.NAMES
+    names = names_of_tables(has) if has else TABLES
     endings = ("csv", "md", "tex")
     assert {path.name for path in written} == {
         "missing.csv",

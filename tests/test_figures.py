@@ -12,7 +12,8 @@ from PIL import Image
 from synthetic import TITLES, synthetic_partition, write_study
 
 from fedlm.base.errors import UserError
-from fedlm.results import drawing, figures, partition_figures, records
+from fedlm.results import contents, drawing, figures, partition_figures, records
+from fedlm.results.contents import FIGURES, names_of_figures
 from fedlm.results.curves import over_bytes, over_rounds
 from fedlm.results.final_scores import over_heterogeneity, trade_off
 from fedlm.results.memory_figures import memory, memory_by_block
@@ -64,11 +65,11 @@ def drawn(tmp_path_factory):
 @pytest.mark.slow
 def test_every_figure_is_drawn_as_pdf_and_png(drawn):
     _, _, _, paths = drawn
-    names = figures.names(tasks=2, partitions=2)
+    names = names_of_figures(tasks=2, partitions=2)
     assert sorted(path.name for path in paths) == sorted(
         f"{name}.{end}" for name in names for end in ("pdf", "png")
     )
-    assert set(names) == set(figures.NAMES)
+    assert set(names) == set(FIGURES)
     for path in paths:
         if path.suffix == ".png":
             assert is_drawn(path), path
@@ -157,19 +158,20 @@ def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypa
     records.collect(kept, arguments[1], arguments[0])
     arguments[2] = arguments[2][:1]
     paths = figures.make(*arguments, TITLES, tmp_path / "figures", expected)
-    assert len(paths) == 2 * len(figures.names(1, 2))
+    assert len(paths) == 2 * len(names_of_figures(1, 2))
 
 
 @pytest.mark.slow
 def test_large_studies_go_on_in_further_files(tmp_path, monkeypatch):
-    assert "memory_2" in figures.names(5, 1) and "memory_2" not in figures.names(4, 9)
-    assert "partitions_3" in figures.names(4, 9) and "trade_off_9" in figures.names(4, 9)
-    monkeypatch.setattr(figures, "PER_PAGE", 1)
+    assert "memory_2" in names_of_figures(5, 1) and "memory_2" not in names_of_figures(4, 9)
+    assert "partitions_3" in names_of_figures(4, 9) and "trade_off_9" in names_of_figures(4, 9)
+    for module in (contents, figures):
+        monkeypatch.setattr(module, "PER_PAGE", 1)
     monkeypatch.setitem(drawing.SETTINGS, "savefig.dpi", 60)
     arguments, expected = study(tmp_path, partitions=("iid",), methods=("fedavg",), seeds=(1,), rounds=1)
     paths = figures.make(*arguments, {}, tmp_path / "figures", expected)
-    assert sorted(path.stem for path in paths if path.suffix == ".pdf") == sorted(figures.names(2, 1))
-    assert len(paths) == 2 * 2 * len(figures.NAMES)
+    assert sorted(path.stem for path in paths if path.suffix == ".pdf") == sorted(names_of_figures(2, 1))
+    assert len(paths) == 2 * 2 * len(FIGURES)
 
 
 def test_known_methods_keep_their_style_and_new_ones_get_their_own():

@@ -13,7 +13,7 @@ import pandas
 import pytest
 import yaml
 
-from fedlm.results import figures, tables
+from fedlm.results.contents import TABLES, names_of_figures
 from tests import tiny_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,10 +120,10 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     assert output.count("Training ") == 1
     assert {path: place.records()[path] for path in finished} == finished
     assert place.missing() == []
-    for table in tables.NAMES:
+    for table in TABLES:
         for ending in ("csv", "md", "tex"):
             assert (results / "tables" / f"{table}.{ending}").stat().st_size
-    for figure in figures.names(1, 1):
+    for figure in names_of_figures(1, 1):
         for ending in ("pdf", "png"):
             assert (tmp_path / "figures" / "tiny" / f"{figure}.{ending}").stat().st_size
 
@@ -164,8 +164,8 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     assert status == 0, output
     page = (tmp_path / "report.html").read_text()
     for name in [
-        *(f"pages/{table}.html" for table in tables.NAMES),
-        *(f"{n}.png" for n in figures.names(1, 1)),
+        *(f"pages/{table}.html" for table in TABLES),
+        *(f"{n}.png" for n in names_of_figures(1, 1)),
     ]:
         assert name in page
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?https?://", page)

@@ -1,5 +1,6 @@
 """What a command need not import it does not: Python with PyTorch and Transformers takes seconds to start."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +34,33 @@ def test_checking_the_demo_imports_none_of_the_large_libraries():
 
 
 @pytest.mark.slow
+def test_the_facts_of_a_model_of_ones_own_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLM_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    tiny.save(folder, "bert", ["the film was good"])
+    code = f"""
+from fedlm.federation.facts import facts
+from fedlm.models.config import ModelConfig
+print(facts(ModelConfig(source={str(folder)!r}), "classification"))"""
+    assert "torch" in imported_by(code)
+    assert imported_by(code).isdisjoint(HEAVY)
+    kept = list((tmp_path / "cache" / "facts").iterdir())
+    assert len(kept) == 1
+    kept[0].write_text("{}")  # not what was written
+    assert "torch" in imported_by(code)
+    # Another model under the same name.
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**shape, "num_hidden_layers": 1}))
+    assert "torch" in imported_by(code)
+    monkeypatch.setenv("FEDLM_CACHE", "/proc/none")
+    assert "torch" in imported_by(code)
+
+
+@pytest.mark.slow
 def test_what_the_pipeline_imports_at_each_start_is_as_small():
     found = imported_by(
-        "import fedlm.study.reading, fedlm.study.check, fedlm.jobs.provenance, fedlm.study.plugins"
+        "import fedlm.study.reading, fedlm.study.check, fedlm.study.plugins, fedlm.jobs.provenance\n"
+        "import fedlm.jobs.tracked, fedlm.jobs.obstacles, fedlm.jobs.folders, fedlm.results.contents"
     )
     assert found.isdisjoint(HEAVY)
 

@@ -13,6 +13,7 @@ from synthetic import TITLES, synthetic_record, write_study
 
 from fedlm.base.errors import UserError
 from fedlm.results import cells, cost_tables, records, reference, statistics, tables, typeset
+from fedlm.results.contents import TABLES
 from fedlm.results.scene import Scene
 
 
@@ -69,7 +70,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     first = make(tmp_path, expected, name="one")
     second = make(tmp_path, expected, name="two")
     assert [path.name for path in first] == [path.name for path in second]
-    assert len(first) == 3 * len(tables.NAMES) + 1
+    assert len(first) == 3 * len(TABLES) + 1
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
@@ -148,7 +149,7 @@ def test_missing_runs_are_named_in_every_table(tmp_path):
     gone = {("bbc_news", "iid", "fedlora"), ("movie_reviews", "iid", "fedavg", 2)}
     _, expected = study(tmp_path, skip=gone)
     make(tmp_path, expected)
-    for name in tables.NAMES:
+    for name in TABLES:
         for ending in ("md", "tex"):
             text = (tmp_path / "tables" / f"{name}.{ending}").read_text().replace("\\_", "_")
             if "nothing to show" in text:
@@ -217,7 +218,7 @@ def test_titles_with_signs_of_latex_and_markdown_are_harmless(tmp_path):
 def test_latex_has_no_bare_percent_sign_and_balanced_environments(tmp_path):
     _, expected = study(tmp_path, skip={("bbc_news", "iid", "fedlora")})
     make(tmp_path, expected)
-    for name in tables.NAMES:
+    for name in TABLES:
         text = (tmp_path / "tables" / f"{name}.tex").read_text()
         if text.startswith("%"):
             continue
@@ -295,7 +296,7 @@ def test_published_numbers_stand_beside_ours_where_task_and_model_agree(tmp_path
     text = (tmp_path / "tables" / "reference.md").read_text()
     assert "arXiv:2212.10025" in text and "never mixed" in text
     # Published numbers appear in no other table.
-    for name in set(tables.NAMES) - {"reference"}:
+    for name in set(TABLES) - {"reference"}:
         assert "FedPETuning" not in (tmp_path / "tables" / f"{name}.md").read_text()
 
 

@@ -369,10 +369,11 @@ def receive(
     known = known or {}
     for part, value in parts.items():
         name, _, kind = part.partition("#")
-        if name == TOGETHER:
-            if kind == "chosen":
-                tensors |= _sparse(parts.get("*#bits"), parts.get("*#indices"), value, known)
-            elif kind not in ("bits", "indices") or "*#chosen" not in parts:
+        if name == TOGETHER and kind == "chosen":
+            tensors |= _sparse(parts.get("*#bits"), parts.get("*#indices"), value, known)
+            continue
+        if name == TOGETHER and kind in ("bits", "indices"):
+            if "*#chosen" not in parts:
                 raise PayloadError(f"stray part {part[:40]!r}")
             continue
         if name not in expected:

@@ -1,8 +1,18 @@
 """What a method can know about a model before any job starts."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
+from fedlm.base.files import write_atomically
+from fedlm.models import places
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import Kind, ModelConfig
 
@@ -25,7 +35,9 @@ class Facts:
 def facts(model: ModelConfig, kind: Kind) -> Facts:
     """Return the facts of a model, from its shape alone; no weights are read.
 
-    A model of the catalogue is known by its dimensions; others need PyTorch and Transformers.
+    A model of the catalogue is known by its dimensions; others need PyTorch and Transformers, which take
+    seconds to import, so their facts are kept in a folder of the user's (`FEDLM_CACHE`, by default
+    `~/.cache/fedlm`).
 
     Raises UserError if the model or its blocks cannot be found.
     """
@@ -39,7 +51,38 @@ def facts(model: ModelConfig, kind: Kind) -> Facts:
             positions=entry.positions,
             decoder=entry.model_type not in ENCODERS,
         )
-    return read_facts(model, kind)
+    kept = _kept_facts(model, kind)
+    if kept is not None:
+        with suppress(OSError, ValueError, TypeError):
+            return Facts(**json.loads(kept.read_text(encoding="utf-8")))
+    found = read_facts(model, kind)
+    if kept is not None:
+        with suppress(OSError):  # a home that cannot be written to
+            write_atomically(kept, json.dumps(asdict(found)).encode())
+    return found
+
+
+def _kept_facts(model: ModelConfig, kind: Kind) -> Path | None:
+    """Return the file for a model's facts, named by all that they follow from; None if that is not known."""
+    if model.trust_remote_code:
+        return None
+    place = places.find_place(model)
+    if place.local:
+        config = Path(place.name)
+        config = config if config.suffix == ".json" else config / "config.json"
+    else:
+        cached = try_to_load_from_cache(place.name, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            return None
+        config = Path(cached)
+    digest = hashlib.sha256(f"{kind} {model.model_dump_json()} {version('transformers')}".encode())
+    try:
+        for path in [config, Path(__file__), *sorted(Path(places.__file__).parent.glob("*.py"))]:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    except OSError:
+        return None
+    folder = Path(os.environ.get("FEDLM_CACHE") or "~/.cache/fedlm").expanduser()
+    return folder / "facts" / f"{digest.hexdigest()}.json"
 
 
 def read_facts(model: ModelConfig, kind: Kind) -> Facts:

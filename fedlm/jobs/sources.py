@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,13 +54,36 @@ def shown(path: Path, root: Path = ROOT) -> str:
     return path.absolute().relative_to(root.absolute()).as_posix() if is_inside(path, root) else path.name
 
 
-@cache
 def _meaning(source: bytes, suffix: str) -> str:
     if suffix == ".py":
         # A half-written file imports nothing.
         with suppress(SyntaxError, ValueError, RecursionError):
-            source = repr(_plain(ast.parse(source))).encode()
+            return _read(source).meaning
     return hashlib.sha256(source).hexdigest()
+
+
+class _Source(NamedTuple):
+    """What is known of a source text: a hash of its syntax tree, and the names that it imports.
+
+    An imported name is given by its parts, with the number of dots that it begins with.
+    """
+
+    meaning: str
+    imports: list[tuple[int, tuple[str, ...]]]
+
+
+@cache
+def _read(source: bytes) -> _Source:
+    tree = ast.parse(source)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{node.module}." if node.module else ""
+            found += [(node.level, f"{module}{alias.name}") for alias in node.names]
+    imports = [(level, tuple(name.split("."))) for level, name in dict.fromkeys(found)]
+    return _Source(hashlib.sha256(repr(_plain(tree)).encode()).hexdigest(), imports)
 
 
 def _plain(value: Any) -> Any:
@@ -86,22 +109,16 @@ def _has_no_effect(node: Any) -> bool:
 def _imported(path: Path, root: Path) -> Iterator[Path]:
     """Yield the files that a file's import statements name, as far as they exist."""
     try:
-        tree = ast.parse(path.read_bytes())
+        names = _read(path.read_bytes()).imports
     except (OSError, SyntaxError, ValueError, RecursionError):
         return
     places = [root] if path.is_relative_to(root) else [path.parent, path.parent.parent, root]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield from _files_of(alias.name.split("."), places)
-        elif isinstance(node, ast.ImportFrom):
-            parts = node.module.split(".") if node.module else []
-            where = [path.parents[node.level - 1]] if 0 < node.level <= len(path.parents) else places
-            for alias in node.names:
-                yield from _files_of([*parts, alias.name], where)
+    for level, parts in names:
+        where = [path.parents[level - 1]] if 0 < level <= len(path.parents) else places
+        yield from _files_of(parts, where)
 
 
-def _files_of(parts: list[str], places: list[Path]) -> Iterator[Path]:
+def _files_of(parts: tuple[str, ...], places: list[Path]) -> Iterator[Path]:
     """Yield the files of a dotted name: its packages and its module; the last part may be a function."""
     for place in places:
         for length in range(1, len(parts) + 1):

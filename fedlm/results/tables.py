@@ -29,8 +29,6 @@ from fedlm.results.skew import skew_table
 from fedlm.results.tuning import tuning_table
 from fedlm.results.typeset import Table, latex, markdown
 
-NAMES = ("main", "ranking", "paired", "traffic", "memory", "skew", "reference", "quality")
-
 
 class Evidence(NamedTuple):
     """What the tables need that only some studies have.
@@ -46,11 +44,6 @@ class Evidence(NamedTuple):
     choices: Sequence[dict[str, Any]] = ()
     predicted: pandas.DataFrame | None = None
     claims_path: Path = CLAIMS
-
-
-def names(contents: Contents) -> list[str]:
-    """Return the names of all tables of a study."""
-    return [*NAMES, *contents.tables()]
 
 
 def make(
@@ -71,7 +64,7 @@ def make(
         runs_path, rounds_path: the files of `results.collect`.
         expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
         titles: display title of each method label, in the order of the rows.
-        destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `names`.
+        destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `contents.names_of_tables`.
         controls: names of methods that are not competitors; None: as the method files define.
         against: label of the method that the others are compared with in pairs; by default that of FedAvg.
         reference_path: published numbers.

@@ -1,8 +1,6 @@
 # From the records to tables, figures and pages.
 
-from fedlm.results.contents import Contents
-from fedlm.results.figures import names as names_of_figures
-from fedlm.results.tables import names as names_of_tables
+from fedlm.results.contents import Contents, names_of_figures, names_of_tables
 
 CONTENTS = Contents.of(study)
 TITLES_OF_TABLES = {
