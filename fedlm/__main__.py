@@ -425,6 +425,65 @@ def costs(
     raise typer.Exit(2 if failures else 0)
 
 
+@app.command()
+def advise(
+    model: Annotated[list[str], typer.Option(help="Label, folder, config.json or hub id; repeatable.")],
+    link: Annotated[str, typer.Option(help="Name of a link in the file of devices.")],
+    device: Annotated[str | None, typer.Option(help="Name of a device in the file of devices.")] = None,
+    fleet: Annotated[
+        str | None, typer.Option(help="Instead of a device, several: phone_midrange=0.6,laptop=0.4")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Name of a method; repeatable. [all]")] = None,
+    clients: Annotated[int, typer.Option(min=1)] = 64,
+    stragglers: Annotated[float, typer.Option(help="Share of the clients that train more slowly.")] = 0.0,
+    slowdown: Annotated[float, typer.Option(help="How many times as long they train.")] = 4.0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[encoders: 64, decoders: 1]")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens. [encoders: 128, decoders: 512]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a turn.")] = 10,
+    weights: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    devices: Annotated[
+        Path | None, typer.Option(help="Own devices and links, added to those of config/devices.yaml.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the table as csv, md and tex.")] = None,
+) -> None:
+    """Say which methods fit given devices, and how long turns and rounds take on them."""
+    from fedlm.costs import advice, cases
+    from fedlm.results.devices import read_devices
+    from fedlm.results.tables import write
+    from fedlm.study.plugins import discover_methods
+
+    known = read_devices(devices)
+    if (device is None) == (fleet is None):
+        raise UserError("--device, --fleet: give one of them")
+    shares = {device: 1.0} if device else advice.parse_shares(fleet or "")
+    for name in shares:
+        known.device(name)
+    line = known.link(link)
+    dealt = advice.make_fleet(shares, clients, stragglers, slowdown)
+    asked = cases.of_models(
+        model,
+        method or sorted(discover_methods()),
+        batch_size=batch_size,
+        length=length,
+        steps=steps,
+        weights=weights,
+        clients=clients,
+        rounds=1,
+    )
+    found = cases.cost_all(asked, positions=3, log=lambda line: print(line, file=sys.stderr))
+    failures = cases.failures(asked, found)
+    for text in failures:
+        print(f"error: {text}", file=sys.stderr)
+    if len(failures) < len(found):
+        rounds = advice.rounds_to_target(Path("results/benchmark/tables/cost_to_target.csv"))
+        table = advice.advise(asked, found, known, dealt, line, rounds)
+        print(advice.terminal(table))
+        if output:
+            write([table], output)
+            print(f"\ntable  {output}")
+    raise typer.Exit(2 if failures else 0)
+
+
 @app.command("test-method")
 def test_method(
     path: Annotated[Path, typer.Argument(help="A Python file with one method, anywhere.")],

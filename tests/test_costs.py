@@ -94,9 +94,9 @@ def test_prediction_is_measurement_for_every_method(name, settings, place, padde
     assert found.exchanged == sum(run.server.tensors[name].numel() for name in run.method.exchanged)
 
 
-# What a family or a kind of task can spoil, the core methods show; each other method is predicted in two.
+# What a family or a kind of task can spoil, the core methods show; each other method is predicted in one.
 CORE = ("fedavg", "fedcybgd", "fedlora", "fedprompt")
-FEWER = [case for number, case in enumerate(KINDS) if case[0] in CORE or number % 5 < 2]
+FEWER = [case for number, case in enumerate(KINDS) if case[0] in CORE or number % 5 == 0]
 
 
 @pytest.mark.parametrize(("name", "family", "kind"), FEWER)
@@ -179,8 +179,6 @@ def test_the_figures_of_the_paper_scale():
     assert llama.memory["block 0"].peak / GIB == pytest.approx(30.4, rel=0.02)
     assert llama.memory["block 31"].peak / GIB == pytest.approx(27.9, rel=0.02)
     assert llama.upload_bytes / llama.turns / 4 == pytest.approx(202_383_360, rel=1e-4)
-    whole = cases.cost(cases.case_of("llama2_7b", "fedavg", federation=FederationConfig(clients=1)), 3)
-    assert whole.memory["all"].peak / GIB == pytest.approx(101.4, rel=0.02)
 
 
 def command(*arguments, **environment):

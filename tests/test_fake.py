@@ -138,9 +138,8 @@ def test_roberta_base_at_the_size_of_the_paper(trained, gibibytes):
     assert memory.peak / GIB == pytest.approx(gibibytes, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("trained", "gibibytes"), [("all", 101.4), ("first block", 30.4), ("last block", 27.9)]
-)
+# Of the first and the last block: tests/test_costs.py.
+@pytest.mark.parametrize(("trained", "gibibytes"), [("all", 101.4)])
 def test_llama2_7b_at_the_size_of_the_paper(trained, gibibytes):
     config = ModelConfig(source="llama2_7b")
     with fake_model(config, "causal", 0, lambda m: freeze(m, trained)) as (_, model):

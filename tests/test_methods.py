@@ -6,6 +6,7 @@ The methods are those of the folder, or the one in the file that `--method-file`
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -99,6 +100,42 @@ def case(request, place) -> tuple[type[Method], dict, worlds.Federation]:
     run = worlds.federation(method, place, **settings)
     run.run()
     return method, settings, run
+
+
+class Watched(NamedTuple):
+    """A second run of a case, with the lengths of what was encoded, and hashes of what the server had.
+
+    The hashes are by round and cohort, in a list with one for each of the cohort's downloads.
+    """
+
+    run: worlds.Federation
+    sent: list[int]
+    states: dict[tuple, list[str]]
+
+
+@pytest.fixture(scope="module")
+def watched(case, place) -> Watched:
+    method, settings, _ = case
+    torch.rand(7)  # what happened before on the global generator must not matter
+    run = worlds.federation(method, place, **settings)
+    found = Watched(run, [], {})
+    encode, send = payload.encode, run.link.send
+
+    def recorded(tensors, precision="float32"):
+        message = encode(tensors, precision)
+        found.sent.append(len(message))
+        return message
+
+    def noted(client, round):
+        cohort = next(tuple(c) for c in run.method.cohorts(run.sample(round), round) if client in c)
+        found.states.setdefault((round, cohort), []).append(encode(run.server.tensors).sha256())
+        return send(client, round)
+
+    run.link.send = noted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payload, "encode", recorded)
+        run.run()
+    return found
 
 
 def test_a_round_runs_on_every_kind_of_task_that_the_method_claims(method, settings, family, kind, place):
@@ -199,13 +236,10 @@ def test_frozen_parameters_of_the_resident_model_never_change(case, place):
             assert torch.equal(value, dict(fresh.model.named_parameters())[parameter]), parameter
 
 
-def test_two_runs_with_one_seed_give_the_same_bytes(case, place):
-    method, settings, run = case
-    torch.rand(7)  # what happened before on the global generator must not matter
-    again = worlds.federation(method, place, **settings)
-    again.run()
-    assert payload.encode(again.server.tensors).sha256() == payload.encode(run.server.tensors).sha256()
-    assert outcome(again) == outcome(run)
+def test_two_runs_with_one_seed_give_the_same_bytes(case, watched):
+    _, _, run = case
+    assert payload.encode(watched.run.server.tensors).sha256() == payload.encode(run.server.tensors).sha256()
+    assert outcome(watched.run) == outcome(run)
 
 
 def test_a_resumed_run_gives_the_same_bytes(case, place, tmp_path):
@@ -236,24 +270,13 @@ def outcome(run) -> tuple:
     return rounds, run.test, run.baseline, run.flops, run.ledger.broadcast, run.instruments.memory
 
 
-def test_the_ledger_is_the_length_of_what_was_sent(case, place, monkeypatch):
-    method, settings, run = case
-    sent = []
-    encode = payload.encode
-
-    def recorded(tensors, precision="float32"):
-        message = encode(tensors, precision)
-        sent.append(len(message))
-        return message
-
-    monkeypatch.setattr(payload, "encode", recorded)
-    again = worlds.federation(method, place, **settings)
-    again.run()
-    assert sum(sent) == again.ledger.upload + again.ledger.download
-    rows = [row for turn in again.rounds for row in turn["payloads"]]
-    assert sum(row[1] for row in rows) == again.ledger.download
-    assert sum(row[2] for row in rows) == again.ledger.upload
-    assert again.ledger.broadcast == len({row[0] for row in rows}) * again.ledger.broadcast_size
+def test_the_ledger_is_the_length_of_what_was_sent(watched):
+    ledger = watched.run.ledger
+    assert sum(watched.sent) == ledger.upload + ledger.download
+    rows = [row for turn in watched.run.rounds for row in turn["payloads"]]
+    assert sum(row[1] for row in rows) == ledger.download
+    assert sum(row[2] for row in rows) == ledger.upload
+    assert ledger.broadcast == len({row[0] for row in rows}) * ledger.broadcast_size
 
 
 def test_nothing_but_payloads_changes_hands(case, place):
@@ -273,21 +296,8 @@ def test_nothing_but_payloads_changes_hands(case, place):
     assert payload.encode(dirty.server.tensors).sha256() == payload.encode(run.server.tensors).sha256()
 
 
-def test_the_cohort_starts_from_one_server_state(case, place):
+def test_the_cohort_starts_from_one_server_state(watched):
     """No turn of a cohort sees what another of the same cohort uploaded."""
-    method, settings, _ = case
-    run = worlds.federation(method, place, **settings)
-    seen: dict = {}
-    send = run.link.send
-
-    def noted(client, round):
-        state = {name: value.clone() for name, value in run.server.tensors.items()}
-        cohort = next(tuple(c) for c in run.method.cohorts(run.sample(round), round) if client in c)
-        before = seen.setdefault((round, cohort), state)
-        assert before.keys() == state.keys()
-        assert all(torch.equal(before[name], state[name]) for name in state)
-        return send(client, round)
-
-    run.link.send = noted
-    run.run()
-    assert seen
+    assert watched.states
+    for (_, cohort), states in watched.states.items():
+        assert len(states) == len(cohort) and len(set(states)) == 1

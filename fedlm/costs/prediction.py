@@ -47,7 +47,7 @@ class Costs:
     `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
     were not measured: they are between equal blocks that were. `kept_bytes` is what all clients together keep
     after the run, `server_bytes` what the server holds then besides the parameters. In `alike`, segments that
-    differ only in their position have the same number.
+    differ only in their position have the same number. `cohorts` are the sizes of the last round's cohorts.
     """
 
     parameters: int
@@ -64,6 +64,7 @@ class Costs:
     memory: dict[str, Memory]
     interpolated: tuple[str, ...]
     alike: dict[str, int]
+    cohorts: tuple[int, ...]
 
     @property
     def peak(self) -> Memory:
@@ -190,6 +191,11 @@ class _Rehearsal(Rounds):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.work = _Recorded(self.instruments)
+        self.cohorts: list[int] = []  # the sizes of those of the current round
+
+    def _merge(self, cohort: list[int], round: int) -> None:
+        self.cohorts.append(len(cohort))
+        super()._merge(cohort, round)
 
     def _make_turn(self, client: int, round: int, received: dict[str, Tensor]) -> Turn:
         return _RecordedTurn(self.work, **super()._make_turn(client, round, received).arguments())
@@ -197,6 +203,7 @@ class _Rehearsal(Rounds):
     def run(self) -> None:
         """Play all rounds; afterwards the ledger and the record of the work are filled."""
         for round in range(1, self.settings.rounds + 1):
+            self.cohorts = []
             self.play(round)
 
     def memory_of(self, instance: _Instance) -> Memory:
@@ -311,6 +318,7 @@ def predict(
             dict.fromkeys(work.what for work, found in memory.items() if found.get("interpolated"))
         ),
         alike={label: numbers[group] for label, group in groups.items()},
+        cohorts=tuple(run.cohorts),
     )
 
 

@@ -75,7 +75,9 @@ def _kept_facts(model: ModelConfig, kind: Kind) -> Path | None:
         if not isinstance(cached, str):
             return None
         config = Path(cached)
-    digest = hashlib.sha256(f"{kind} {model.model_dump_json()} {version('transformers')}".encode())
+    # Where the model is does not matter, nor does what only its weights depend on.
+    settings = model.model_dump_json(exclude={"source", "revision"})
+    digest = hashlib.sha256(f"{kind} {settings} {version('transformers')}".encode())
     try:
         for path in [config, Path(__file__), *sorted(Path(places.__file__).parent.glob("*.py"))]:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
