@@ -55,13 +55,15 @@ def mean_and_deviation(name: str, values: numpy.ndarray) -> dict[str, float]:
 def test_variance(runs: pandas.DataFrame) -> float:
     """Return the variance, in points², that a cell's score has because only some examples were tested.
 
-    The records do not say which examples a method had right, so methods are taken as tested independently, and
-    the seeds of a method as tested on the same examples. Both make the variance of a difference too large rather
-    than too small. With n test examples a share p varies by p (1 - p) / n, the variance of the binomial
-    distribution, which also bounds that of a mean of values from 0 to 1; a correlation r by (1 - r²)² / n.
+    The records do not say which examples a method had right, so methods are taken as tested independently,
+    and the seeds of a method as tested on the same examples. Both make the variance of a difference too
+    large rather than too small. With n test examples a share p varies by p (1 - p) / n, the variance of the
+    binomial distribution, which also bounds that of a mean of values from 0 to 1; a correlation r by (1 -
+    r²)² / n.
 
     Returns:
-        NaN for losses and perplexities, and where n is not known: a mean loss alone does not say how it varies.
+        NaN for losses and perplexities, and where n is not known: a mean loss alone does not say how it
+        varies.
     """
     if runs.empty or not runs["greater_is_better"].iloc[0] or runs["test_examples"].isna().any():
         return math.nan
@@ -74,8 +76,8 @@ def test_variance(runs: pandas.DataFrame) -> float:
 def stands_out(scores: numpy.ndarray, variances: numpy.ndarray) -> bool:
     """Return whether the least of several scores is below the next by more than the test split leaves open.
 
-    That is the standard error of their difference, the root of the sum of the two `variances` (`test_variance`).
-    Where a variance is not known (NaN), the least score counts.
+    That is the standard error of their difference, the root of the sum of the two `variances`
+    (`test_variance`). Where a variance is not known (NaN), the least score counts.
     """
     first, second = numpy.argsort(scores, kind="stable")[:2]
     error = math.sqrt(variances[first] + variances[second])

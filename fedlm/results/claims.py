@@ -54,7 +54,7 @@ class CostRule(Settings):
 
 
 class PredictedRule(Settings):
-    """A ratio of predicted costs on a model, or without `against` the costs themselves: exact, so always decided."""
+    """A ratio of predicted costs on a model; without `against` the costs themselves. Always decided."""
 
     kind: Literal["predicted"]
     model: str = Field(description="label of a model")
@@ -121,7 +121,7 @@ def read_claims(path: Path = CLAIMS) -> list[System]:
 
 
 def read_predicted(path: Path) -> pandas.DataFrame | None:
-    """Return the predicted costs that claims name, as written by `costs --claims`; None where there are none."""
+    """Return the predicted costs that claims name, as `costs --claims` writes them; None without a file."""
     if not path.exists():
         return None
     try:
@@ -145,7 +145,9 @@ class Needed(NamedTuple):
 def to_predict(systems: list[System]) -> list[Needed]:
     """Return the predictions that the claims need, each once."""
     rules = [claim.rule for system in systems for claim in system.claims]
-    return list(dict.fromkeys(one for rule in rules if isinstance(rule, PredictedRule) for one in _needed(rule)))
+    return list(
+        dict.fromkeys(one for rule in rules if isinstance(rule, PredictedRule) for one in _needed(rule))
+    )
 
 
 def _needed(rule: PredictedRule) -> list[Needed]:
@@ -158,8 +160,8 @@ def _needed(rule: PredictedRule) -> list[Needed]:
 def judge(rule: Rule, scene: Scene, predicted: pandas.DataFrame | None = None) -> Verdict:
     """Return the verdict of a rule.
 
-    `predicted` has one row per model, method and settings (see `Needed`); its other columns are those of the table
-    of costs.
+    `predicted` has one row per model, method and settings (see `Needed`); its other columns are those of
+    the table of costs.
     """
     if isinstance(rule, NoRule):
         return _open(UNTESTABLE, rule.reason)
@@ -261,9 +263,7 @@ def limit_text(rule: Rule, scene: Scene) -> str:
     return f"{quantity}{turn} of {of} over {against}: at most {rule.at_most:g}"
 
 
-def claims_table(
-    scene: Scene, predicted: pandas.DataFrame | None = None, path: Path = CLAIMS
-) -> Table:
+def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: Path = CLAIMS) -> Table:
     """Every claim with its rule, what was found, and the verdict."""
     numbers: list[dict[str, Any]] = []
     cells = []
@@ -295,13 +295,15 @@ def claims_table(
         f"{counts.get(verdict, 0)} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE)
     )
     notes = [
-        f"{len(cells)} claims: {totals}. Claims are in the suite's own words; the rules of config/claims.yaml "
+        f"{len(cells)} claims: {totals}. Claims are in the suite's own words; the rules of "
+        f"config/claims.yaml "
         "were written without a look at any score.",
-        "Differences of scores are paired by seed within each cell (task × partition), with the 95% interval of a "
-        "t-test over cells and seeds: supported if it lies at or above the margin, contradicted if below, else "
-        "undecided. Ratios of costs: supported if within the limit in every cell, contradicted if in none. Exact: "
-        "predicted costs of a turn, equal to the byte to those of a run. Even partitions are IID; all others are "
-        "skewed. A verdict holds for the models and data of this study and not for those of the paper.",
+        "Differences of scores are paired by seed within each cell (task × partition), with the 95% "
+        "interval of a t-test over cells and seeds: supported if it lies at or above the margin, "
+        "contradicted if below, else undecided. Ratios of costs: supported if within the limit in every "
+        "cell, contradicted if in none. Exact: predicted costs of a turn, equal to the byte to those of a "
+        "run. Even partitions are IID; all others are skewed. A verdict holds for the models and data of "
+        "this study and not for those of the paper.",
         *(f"{system.name}: {system.note}" for system in read_claims(path) if system.note),
         *scene.notes(),
     ]

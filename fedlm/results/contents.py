@@ -57,12 +57,15 @@ class Contents(NamedTuple):
         return [*(["profiles"] if several else []), *(["tuning"] if self.tuned else [])]
 
 
-def names_of_tables(contents: Contents = Contents()) -> list[str]:
+_NOTHING = Contents()
+
+
+def names_of_tables(contents: Contents = _NOTHING) -> list[str]:
     """Return the names of all tables of a study."""
     return [*TABLES, *contents.tables()]
 
 
-def names_of_figures(tasks: int, partitions: int, contents: Contents = Contents()) -> list[str]:
+def names_of_figures(tasks: int, partitions: int, contents: Contents = _NOTHING) -> list[str]:
     """Return the names, without ending, of all figures of a study with so many tasks and partitions.
 
     A figure with more than `PER_PAGE` tasks or partitions has several pages.

@@ -42,9 +42,10 @@ UNITS_NOTE = (
     "below the last digit. MB is 1e6 bytes, MiB is 1,048,576 bytes, TFLOP is 1e12 floating point operations."
 )
 BEST_NOTE = (
-    "Bold: best of the competitors. Values that look equal are equally bold. A score is bold only among those of "
-    "the most seeds, and only if the next one is further away than the standard error of the difference, for so "
-    "many test examples (binomial, methods taken as tested independently; of losses it is not known)."
+    "Bold: best of the competitors. Values that look equal are equally bold. A score is bold only among "
+    "those of the most seeds, and only if the next one is further away than the standard error of the "
+    "difference, for so many test examples (binomial, methods taken as tested independently; of losses it "
+    "is not known)."
 )
 SUMS_NOTE = (
     "Bytes and compute are sums over all clients and rounds of a run, without the first broadcast of the "
@@ -108,7 +109,8 @@ def main_table(scene: Scene) -> Table:
     """Score, peak memory, bytes up and down and compute of each task x partition x method."""
     numbers, cells, best = _cost_table(scene, [PEAK, UP, DOWN, COMPUTE], score=True)
     notes = [
-        "Score on the test split after the last round: of the server's model, and of a method that merges nothing "
+        "Score on the test split after the last round: of the server's model, and of a method that merges "
+        "nothing "
         "(local only) the mean over its clients' models. " + UNITS_NOTE,
         BEST_NOTE,
         SUMS_NOTE,
@@ -125,8 +127,8 @@ def traffic_table(
 ) -> Table:
     """Bytes and compute of one client in one round, the first broadcast, and seconds.
 
-    With `cohorts` (see `devices.seconds_so_far`) there are also the seconds of a round on the devices and links
-    that are shown.
+    With `cohorts` (see `devices.seconds_so_far`) there are also the seconds of a round on the devices and
+    links that are shown.
     """
     keys = ["task", "partition", "method", "seed"]
     turns = rounds.groupby(keys, observed=True)["participants"].sum().rename("turns").reset_index()
@@ -153,13 +155,16 @@ def traffic_table(
     ]
     numbers, cells, best = _cost_table(scene._replace(runs=runs), quantities, score=False)
     notes = [
-        "Bold: smallest value among the competitors, equally where values look equal. A turn is one client in one round. " + UNITS_NOTE,
-        "The broadcast is the pretrained model, sent once to every client before its first turn; it is not "
-        "counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's are those of merging.",
+        "Bold: smallest value among the competitors, equally where values look equal. A turn is one "
+        "client in one round. " + UNITS_NOTE,
+        "The broadcast is the pretrained model, sent once to every client before its first turn; it is "
+        "not counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's "
+        "are those of merging.",
         *(
             [
                 "seconds_on(device, link): of a round, if every client had this device and link of "
-                "config/devices.yaml; a cohort takes as long as its slowest client, and clients that take turns add up."
+                "config/devices.yaml; a cohort takes as long as its slowest client, and clients that take "
+                "turns add up."
             ]
             if columns
             else []
@@ -184,10 +189,11 @@ def memory_table(scene: Scene) -> Table:
         quantities.append(Quantity("cuda_peak_bytes", "CUDA peak", 2**20))
     numbers, cells, best = _cost_table(scene, quantities, score=False)
     notes = [
-        "All in MiB (1,048,576 bytes). Bold: lowest peak among the competitors, equally where peaks look equal. Mean ± standard deviation over "
-        "seeds.",
-        "Parameters, gradients, optimizer state, what the method itself holds (an anchor, a control variate) "
-        "and activations make up the peak of live tensors in the turn with the highest peak. The resident set is that of the whole process, Python included.",
+        "All in MiB (1,048,576 bytes). Bold: lowest peak among the competitors, equally where peaks look "
+        "equal. Mean ± standard deviation over seeds.",
+        "Parameters, gradients, optimizer state, what the method itself holds (an anchor, a control "
+        "variate) and activations make up the peak of live tensors in the turn with the highest peak. The "
+        "resident set is that of the whole process, Python included.",
         *scene.notes(),
     ]
     return Table("memory", "Memory of a client's turn", numbers, cells, best, 2, notes)
@@ -234,8 +240,8 @@ def terminal(
         block = [f"{task}: {partition}{skewed}", line(headings)]
         blocks.append("\n".join([*block, *(line(rows[index]) for index in group.index)]))
     notes = [
-        "* Best of the competitors; values that look equal are marked equally, and a score only if the next one is "
-        "further away than the standard error of the difference for so many test examples.",
+        "* Best of the competitors; values that look equal are marked equally, and a score only if the "
+        "next one is further away than the standard error of the difference for so many test examples.",
         "± is the standard deviation over seeds, left out for one seed and where it is below the last digit. "
         "MB is 1e6 bytes, MiB 1,048,576; bytes are of all clients and rounds.",
     ]

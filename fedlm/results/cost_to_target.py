@@ -1,4 +1,4 @@
-"""What it costs to come near the score of centralised training: bytes, compute, memory, and seconds on devices."""
+"""What it costs to come near the score of centralised training: bytes, compute, memory, seconds on devices."""
 
 import math
 from collections.abc import Mapping
@@ -34,8 +34,9 @@ def centralised_scores(scene: Scene) -> dict[tuple[str, str], float]:
 def first_rounds(scene: Scene, rounds: pandas.DataFrame, share: float) -> pandas.DataFrame:
     """Return each run's first round whose validation score is within reach of the centralised one.
 
-    The target is `share` of the centralised score or, where lower is better, the score divided by it. The result
-    has a row for each run, with the columns of `rounds`; these are NaN where the target is never reached.
+    The target is `share` of the centralised score or, where lower is better, the score divided by it. The
+    result has a row for each run, with the columns of `rounds`; these are NaN where the target is never
+    reached.
     """
     scores = centralised_scores(scene)
     greater = scene.runs.groupby("task", observed=True)["greater_is_better"].first().astype(bool).to_dict()
@@ -88,17 +89,26 @@ def cost_to_target_table(
             own = found[share][task, partition, method]
             reached = own["round"].notna()
             number: dict[str, Any] = {
-                **{"task": task, "partition": partition, "method": method},
-                **{"title": scene.titles[method], "control": method in scene.controls},
-                **{"target": share, "centralised_score": score},
-                **{"reached": int(reached.sum()), "seeds": len(own)},
+                "task": task,
+                "partition": partition,
+                "method": method,
+                "title": scene.titles[method],
+                "control": method in scene.controls,
+                "target": share,
+                "centralised_score": score,
+                "reached": int(reached.sum()),
+                "seeds": len(own),
             }
             cell = {"Task": task, "Partition": partition, "Method": scene.title(method)}
             cell |= {"Target": f"{share:.0%}", "Reached": f"{reached.sum()} of {len(own)}"}
             for column, (heading, unit) in quantities.items():
                 known = own[column].astype(float)
-                # A seed that never gets there counts as infinitely dear, so that it cannot improve the median.
-                typical = float(known.where(reached, math.inf).median()) if known[reached].notna().all() else math.nan
+                # A seed that never gets there is infinitely dear: it cannot improve the median.
+                typical = (
+                    float(known.where(reached, math.inf).median())
+                    if known[reached].notna().all()
+                    else math.nan
+                )
                 number[column] = typical if math.isfinite(typical) else math.nan
                 text = f"{typical:g}" if column == "round" else significant(typical / unit)
                 cell[heading] = "never" if typical == math.inf else text
@@ -108,20 +118,21 @@ def cost_to_target_table(
     headings += [heading for heading, _ in quantities.values()]
     shown = pandas.DataFrame(cells, columns=headings)
     notes = [
-        "Up to the first round whose validation score is at least 90% (97%) of that of centralised training after "
-        "its last round; where lower is better, at most that score divided by 0.9 (0.97). Median over seeds, in "
-        "which a seed that never gets there counts as infinite: never means that half of the seeds, or more, do "
-        "not. Bytes and compute are sums over all clients, without the first broadcast; 0 rounds: the "
-        "untrained model is within reach. Peak memory is that of the run.",
+        "Up to the first round whose validation score is at least 90% (97%) of that of centralised "
+        "training after its last round; where lower is better, at most that score divided by 0.9 (0.97). "
+        "Median over seeds, in which a seed that never gets there counts as infinite: never means that "
+        "half of the seeds, or more, do not. Bytes and compute are sums over all clients, without the "
+        "first broadcast; 0 rounds: the untrained model is within reach. Peak memory is that of the run.",
     ]
     if columns:
         places = "; ".join(
-            f"{device.title}, {device.training_gflops.value:g} GFLOP/s, {link.title}, {link.down_mbit.value:g} down "
-            f"and {link.up_mbit.value:g} Mbit/s up"
+            f"{device.title}, {device.training_gflops.value:g} GFLOP/s, {link.title}, "
+            f"{link.down_mbit.value:g} down and {link.up_mbit.value:g} Mbit/s up"
             for device, link in columns.values()
         )
         notes.append(
-            f"Seconds if every client had this device and link ({places}; sources in config/devices.yaml): a cohort "
+            f"Seconds if every client had this device and link ({places}; sources in "
+            f"config/devices.yaml): a cohort "
             "takes as long as its slowest client, and clients that take turns add up."
         )
     return Table(

@@ -94,7 +94,7 @@ def over_rounds(
 def over_bytes(
     scene: Scene, rounds: pandas.DataFrame, look: dict[str, Style], tasks: list[str], partitions: list[str]
 ) -> Figure:
-    """The same over the bytes that all clients sent and received; methods that send nothing are horizontal lines."""
+    """The same over the bytes that all clients sent and received; who sends nothing is a horizontal line."""
 
     sent = scene.runs["upload_bytes"] + scene.runs["download_bytes"]
     logarithmic = (sent > 0).any()

@@ -1,9 +1,9 @@
 """Devices and links by name, read from config/devices.yaml, and how long turns and rounds take on them.
 
 The model: a turn downloads, computes and uploads, one after the other, at the link's rates and the device's
-effective speed of training. A cohort takes as long as its slowest client, since its uploads are merged together;
-cohorts come one after another. Clients that take turns, as those of FedCyBGD do, are cohorts of one: their turns
-add up. Merging and scoring at the server take no time.
+effective speed of training. A cohort takes as long as its slowest client, since its uploads are merged
+together; cohorts come one after another. Clients that take turns, as those of FedCyBGD do, are cohorts of
+one: their turns add up. Merging and scoring at the server take no time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +40,9 @@ class Device(Settings):
 
     title: str
     memory_gb: Known = Field(description="1e9 bytes, of which the system takes its part")
-    training_gflops: Known = Field(description="1e9 floating point operations a second that training achieves")
+    training_gflops: Known = Field(
+        description="1e9 floating point operations a second that training achieves"
+    )
     power_watts: Known | None = None
 
     @property
@@ -105,8 +107,8 @@ def _named(kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
 def read_devices(own: Path | None = None, path: Path = DEVICES) -> Devices:
     """Read the devices and links that are known, and those of the user's own file.
 
-    An entry of the own file takes the place of the one with its name; its `shown`, if any, takes the place of the
-    other. Raises UserError naming file and key.
+    An entry of the own file takes the place of the one with its name; its `shown`, if any, takes the place
+    of the other. Raises UserError naming file and key.
     """
     found = _read(path)
     if own is not None:
@@ -159,7 +161,7 @@ def round_seconds(cohorts: Iterable[Sequence[float]]) -> float:
 
 
 def waiting_seconds(cohorts: Iterable[Sequence[float]]) -> float:
-    """Return the seconds that all clients of a round together wait for others between its begin and its end."""
+    """Return the seconds that all clients together wait for others between a round's beginning and its end."""
     cohorts = [cohort for cohort in cohorts if len(cohort)]
     whole = round_seconds(cohorts)
     return sum(whole - own for cohort in cohorts for own in cohort)
@@ -172,7 +174,7 @@ def seconds_so_far(
     device: Device,
     link: Link,
 ) -> pandas.Series:
-    """Return the seconds from the start of a run to the end of each round, if all clients had this device and link.
+    """Return the seconds from a run's start to the end of each round, if all clients had this device and link.
 
     A record holds the sums of a round, and the largest payloads. Where each client is a cohort of its own the
     seconds follow from the sums. Otherwise a cohort is charged for a client that has the round's largest

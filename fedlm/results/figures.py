@@ -34,7 +34,7 @@ def make(
     expected: Sequence[tuple[str, str, str, int]] = (),
     *,
     controls: Collection[str] | None = None,
-    contents: Contents = Contents(),
+    contents: Contents | None = None,
     trials: pandas.DataFrame | None = None,
 ) -> list[Path]:
     """Draw all figures of a study as pdf and png; return their paths.
@@ -78,7 +78,7 @@ def make(
         save("memory", (memory(scene, page) for page in rows))
         save("memory_by_block", (memory_by_block(scene, look, page) for page in rows))
         save("partitions", (draw_partitions(partitions, *page) for page in grid))
-        more = contents.figures()
+        more = (contents or Contents()).figures()
         if "profiles" in more:
             save("profiles", [profiles(scene, look)])
         if "tuning" in more and trials is not None:

@@ -19,7 +19,8 @@ AGAINST = "fedavg"  # costs are given as multiples of this method's
 def write_up(tables: Path, study: str) -> str:
     """Return the findings of a study as Markdown, from the csv files of its tables.
 
-    Raises UserError if a table is missing: the findings of a study that has not all of them would be half a page.
+    Raises UserError if a table is missing: the findings of a study that has not all of them would be half a
+    page.
     """
     frames = {}
     for name in NEEDED:
@@ -27,7 +28,9 @@ def write_up(tables: Path, study: str) -> str:
         try:
             frames[name] = pandas.read_csv(path, keep_default_na=False, na_values=[""])
         except (OSError, ValueError):
-            raise UserError(f"{path}: cannot be read; make it with `tables`, which needs a tuned study") from None
+            raise UserError(
+                f"{path}: cannot be read; make it with `tables`, which needs a tuned study"
+            ) from None
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
@@ -42,9 +45,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
     titles = dict(zip(main["method"], main["title"], strict=True))
     gaps = _gaps(scored)
-    judged = {
-        system: own.to_dict("records") for system, own in claims.groupby("system", sort=False)
-    }
+    judged = {system: own.to_dict("records") for system, own in claims.groupby("system", sort=False)}
     return {
         "tasks": list(dict.fromkeys(main["task"])),
         "cells": cells,
@@ -120,13 +121,15 @@ def _prices(competitors: pandas.DataFrame) -> list[dict[str, Any]]:
         own = own.set_index(["task", "partition"])
         row: dict[str, Any] = {"title": own["title"].iloc[0], "itself": method == AGAINST}
         for name in ("upload_bytes", "download_bytes", "peak_memory_bytes", "flops"):
-            row[name] = float((own[f"{name}_mean"] / base[f"{name}_mean"]).median()) if len(base) else float("nan")
+            row[name] = (
+                float((own[f"{name}_mean"] / base[f"{name}_mean"]).median()) if len(base) else float("nan")
+            )
         rows.append(row)
     return rows
 
 
 def _targets(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Return for each method and target in how many cells it gets there, and the median costs where it does."""
+    """Return for each method and target in how many cells it gets there, and the median costs of these."""
     rows = []
     seconds = [name for name in table if name.startswith("seconds_on(")]
     for (method, target), own in table.groupby(["method", "target"], sort=False):

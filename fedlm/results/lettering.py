@@ -28,7 +28,7 @@ def methods_legend(figure: Figure, scene: Scene, look: dict[str, Style], methods
 
 
 def measure(scene: Scene, task: str) -> tuple[str, float]:
-    """Return the name of a task's score, with unit, and the factor by which scores are multiplied for display."""
+    """Return the name of a task's score, with unit, and the factor by which scores are shown."""
     runs = scene.runs[scene.runs["task"] == task]
     if runs.empty:
         return "score", 1.0

@@ -17,9 +17,7 @@ MANY_CLIENTS = 40  # with more, a partition is drawn as areas, largest client fi
 MANY_LABELS = 8  # with more, the legend of a partition names the first and the last only
 
 
-def draw_partitions(
-    files: Sequence[PartitionFile], tasks: list[str], partitions: list[str]
-) -> Figure:
+def draw_partitions(files: Sequence[PartitionFile], tasks: list[str], partitions: list[str]) -> Figure:
     """Each client's examples, stacked by label; of each task and partition the lowest seed."""
     figure, grid = panels(len(tasks), len(partitions), height=1.6)
     for row, task in enumerate(tasks):

@@ -52,9 +52,11 @@ def profiles_table(scene: Scene) -> Table:
     columns = ["Method", *(f"Within {within:g}" for within in WITHIN)]
     cells = pandas.DataFrame(rows, columns=columns)
     notes = [
-        f"Share of the {len(below)} cells (task × partition) in which a method's mean test score is within so many "
-        "points of the best competitor's; within 0 is the share of cells in which it is the best. A cell without "
-        "a run of the method counts as not within. Cells whose metric is better when lower are left out.",
+        f"Share of the {len(below)} cells (task × partition) in which a method's mean test score is "
+        f"within so many "
+        "points of the best competitor's; within 0 is the share of cells in which it is the best. A cell "
+        "without a run of the method counts as not within. Cells whose metric is better when lower are "
+        "left out.",
         *scene.notes(),
     ]
     return Table(

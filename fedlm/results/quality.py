@@ -1,4 +1,4 @@
-"""Quality control: what a reader should know before trusting the tables, each row with the rule that raised it."""
+"""Quality control: what to know before trusting the tables, each row with the rule that raised it."""
 
 import json
 import math
@@ -73,8 +73,8 @@ def quality_table(
     shown = pandas.DataFrame(cells, columns=columns)
     notes = [
         *(f"{rule.name}: {rule.says}" for rule in rules),
-        "Points are scores times 100; where lower is better, percent of the score stand for points. Scores are means "
-        "over seeds.",
+        "Points are scores times 100; where lower is better, percent of the score stand for points. "
+        "Scores are means over seeds.",
         *scene.notes(),
     ]
     return Table(
@@ -100,7 +100,9 @@ def _missing(scene: Scene) -> Rule:
     for run in scene.absent:
         by_cell.setdefault(run[:3], []).append(run.seed)
     found = [
-        Finding(*labels, float(len(seeds)), f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} missing")
+        Finding(
+            *labels, float(len(seeds)), f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} missing"
+        )
         for labels, seeds in by_cell.items()
     ]
     says = "every run that the study asks for has a record."
@@ -130,14 +132,15 @@ def _not_flat(scene: Scene, rounds: pandas.DataFrame) -> Rule:
             text = f"{verb} {significant(abs(change))} points from round {before.index[-1]} to {last}"
             found.append(Finding(task, partition, method, change, text))
     says = (
-        f"a mean validation curve changes by at most {FLAT:g} point over the last quarter of its rounds; needs four "
+        f"a mean validation curve changes by at most {FLAT:g} point over the last quarter of its rounds; "
+        f"needs four "
         "rounds and a score before the last quarter."
     )
     return Rule("curve is flat", says, checked, found)
 
 
 def _outside(scene: Scene) -> list[Rule]:
-    """Compare each competitor with the controls of its cell, or of its task if they have another partition only."""
+    """Compare each competitor with the controls of its cell, or else with those of its task."""
     names = dict(zip(scene.runs["method"], scene.runs["method_name"], strict=True))
     means = {
         (task, partition, method): (runs["test_score"].mean(), greater)
@@ -170,7 +173,9 @@ def _outside(scene: Scene) -> list[Rule]:
     have = set(names.values())
     lower = [control for control in LOWER_CONTROLS if control in have]
     if lower:
-        says = f"no competitor's test score is more than {OUTSIDE:g} point below that of {' or '.join(lower)}."
+        says = (
+            f"no competitor's test score is more than {OUTSIDE:g} point below that of {' or '.join(lower)}."
+        )
         rules.append(Rule("above its controls", says, len(competitors), below))
     if UPPER_CONTROL in have:
         says = f"no competitor's test score is more than {OUTSIDE:g} point above that of {UPPER_CONTROL}."
@@ -192,11 +197,15 @@ def _far(scene: Scene) -> Rule:
 
 def _changed(scene: Scene) -> Rule:
     found = [
-        Finding(task, partition, method, float(runs["dirty"].sum()), f"{runs['dirty'].sum()} of {len(runs)} runs")
+        Finding(
+            task, partition, method, float(runs["dirty"].sum()), f"{runs['dirty'].sum()} of {len(runs)} runs"
+        )
         for task, partition, method, runs, _ in _cells(scene)
         if runs["dirty"].any()
     ]
-    return Rule("committed code", "every record was made by code as it was committed.", len(scene.runs), found)
+    return Rule(
+        "committed code", "every record was made by code as it was committed.", len(scene.runs), found
+    )
 
 
 def _at_edge(choices: Sequence[dict[str, Any]]) -> Rule:
@@ -206,7 +215,10 @@ def _at_edge(choices: Sequence[dict[str, Any]]) -> Rule:
             choice["partition"],
             choice["method"],
             float(len(choice["at_edge"])),
-            "; ".join(f"{key} {json.dumps(choice['chosen'][key])} is the outermost tried" for key in choice["at_edge"]),
+            "; ".join(
+                f"{key} {json.dumps(choice['chosen'][key])} is the outermost tried"
+                for key in choice["at_edge"]
+            ),
         )
         for choice in choices
         if choice["at_edge"]

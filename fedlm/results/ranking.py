@@ -17,7 +17,7 @@ LEVEL = 0.05  # of the adjusted p below which two methods differ
 
 
 class Family(NamedTuple):
-    """The runs whose scores can be averaged: all scores in points, or one metric that is better when lower."""
+    """The runs whose scores can be averaged: all scores in points, or one metric that is better if lower."""
 
     name: str  # "score", or the metric
     greater: bool
@@ -54,9 +54,7 @@ def compare_all(family: Family, methods: Sequence[str]) -> dict[tuple[str, str],
     pairs = list(combinations(methods, 2))
     found = [compare_cells(family.differences(*pair)) for pair in pairs]
     adjusted = holm([one.p for one in found])
-    return {
-        pair: (one, value) for pair, one, value in zip(pairs, found, adjusted, strict=True)
-    }
+    return {pair: (one, value) for pair, one, value in zip(pairs, found, adjusted, strict=True)}
 
 
 def ranking_table(scene: Scene) -> Table:
@@ -119,14 +117,14 @@ def ranking_table(scene: Scene) -> Table:
             best = bool(different) and "a" in group
             marks.append([column == "Interquartile mean" for column in cells[-1]] if best else [False] * 9)
     notes = [
-        "Over all cells (task × partition) of a method, in points (score times 100) where greater is better; "
-        "the best first. The interval is a stratified bootstrap over seeds, 2,000 draws; it is given where each "
-        "cell has four seeds.",
-        "Competitors that share a letter cannot be told apart: differences paired by seed within each cell, "
-        "t-test over cells and seeds, p adjusted for all pairs (Holm), level 0.05. They hold for these cells. "
-        "Bold: the best and what cannot be told from it, unless that is all. Mean rank: among the competitors "
-        "with all cells, over the cells and seeds that all of them have. Methods with different cells cannot be "
-        "compared.",
+        "Over all cells (task × partition) of a method, in points (score times 100) where greater is "
+        "better; the best first. The interval is a stratified bootstrap over seeds, 2,000 draws; it is "
+        "given where each cell has four seeds.",
+        "Competitors that share a letter cannot be told apart: differences paired by seed within each "
+        "cell, t-test over cells and seeds, p adjusted for all pairs (Holm), level 0.05. They hold for "
+        "these cells. Bold: the best and what cannot be told from it, unless that is all. Mean rank: "
+        "among the competitors with all cells, over the cells and seeds that all of them have. Methods "
+        "with different cells cannot be compared.",
         *scene.notes(),
     ]
     columns = [

@@ -7,7 +7,7 @@ the same records give the same bytes, and deleting the compiled files loses noth
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Any, Literal
+from typing import Any, Final, Literal
 
 import pandas
 import pyarrow
@@ -150,7 +150,18 @@ _RUN_SCHEMA = {
     "test_examples": _INTEGER,
     **dict.fromkeys(["upload_bytes", "download_bytes", "broadcast_bytes", *MEMORY_COLUMNS], _INTEGER),
     **dict.fromkeys(["resident_set_bytes", "cuda_peak_bytes", "queries"], _INTEGER),
-    **dict.fromkeys(["flops", "train_seconds", "server_seconds", "wall_seconds", "label_divergence", "size_gini", "largest_client_share"], _NUMBER),
+    **dict.fromkeys(
+        [
+            "flops",
+            "train_seconds",
+            "server_seconds",
+            "wall_seconds",
+            "label_divergence",
+            "size_gini",
+            "largest_client_share",
+        ],
+        _NUMBER,
+    ),
     "memory_by_block": pyarrow.list_(
         pyarrow.struct({"block": _TEXT, **dict.fromkeys(MEMORY_COLUMNS, _INTEGER)})
     ),
@@ -183,7 +194,8 @@ def collect(records: Iterable[Path], rounds_path: Path, runs_path: Path) -> int:
             metric on the test split, and `extra_<name>` for every number that a method reports of its own.
 
     Raises:
-        UserError: a file is not a finished record of this version, two records are of the same run, or records
+        UserError: a file is not a finished record of this version, two records are of the same run, or
+        records
             cannot be compared since their data, partition or model differ; names the file.
     """
     paths = sorted({Path(path) for path in records}, key=_natural_order)

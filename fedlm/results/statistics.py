@@ -82,16 +82,16 @@ def compare(ours: numpy.ndarray, theirs: numpy.ndarray) -> Comparison:
 def compare_cells(cells: Sequence[numpy.ndarray]) -> Comparison:
     """Compare two methods over several cells (task x partition), from paired differences within each.
 
-    The difference is the mean over cells of a cell's mean difference. Its variance is that between the seeds of
-    a cell, so it holds for these cells and says nothing about others. The t distribution has the degrees of
-    freedom of Welch and Satterthwaite; with one cell this is `compare`.
+    The difference is the mean over cells of a cell's mean difference. Its variance is that between the
+    seeds of a cell, so it holds for these cells and says nothing about others. The t distribution has the
+    degrees of freedom of Welch and Satterthwaite; with one cell this is `compare`.
 
     Args:
         cells: for each cell, the (pairs,) differences.
 
     Returns:
-        The comparison; `n` counts all pairs. Interval and p are NaN if a cell has fewer than two pairs, or if no
-        cell has any spread.
+        The comparison; `n` counts all pairs. Interval and p are NaN if a cell has fewer than two pairs, or
+        if no cell has any spread.
     """
     cells = [numpy.asarray(cell, dtype=float) for cell in cells]
     n = sum(map(len, cells))

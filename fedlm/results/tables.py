@@ -17,8 +17,8 @@ from fedlm.results import records
 from fedlm.results.claims import CLAIMS, claims_table
 from fedlm.results.comparisons import paired_table
 from fedlm.results.contents import Contents
-from fedlm.results.cost_to_target import cost_to_target_table
 from fedlm.results.cost_tables import main_table, memory_table, traffic_table
+from fedlm.results.cost_to_target import cost_to_target_table
 from fedlm.results.devices import Devices
 from fedlm.results.profiles import profiles_table
 from fedlm.results.quality import quality_table
@@ -33,8 +33,8 @@ from fedlm.results.typeset import Table, latex, markdown
 class Evidence(NamedTuple):
     """What the tables need that only some studies have.
 
-    `devices` and `cohorts` give seconds on devices (see `devices.seconds_so_far`), `trials` and `choices` are those
-    of a tuning, `predicted` are the predicted costs that claims name.
+    `devices` and `cohorts` give seconds on devices (see `devices.seconds_so_far`), `trials` and `choices`
+    are those of a tuning, `predicted` are the predicted costs that claims name.
     """
 
     contents: Contents = Contents()
@@ -61,14 +61,13 @@ def make(
     """Write all tables of a study as csv, md and tex, and `missing.csv`; return their paths.
 
     Args:
-        runs_path, rounds_path: the files of `results.collect`.
-        expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
-        titles: display title of each method label, in the order of the rows.
-        destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of `contents.names_of_tables`.
-        controls: names of methods that are not competitors; None: as the method files define.
-        against: label of the method that the others are compared with in pairs; by default that of FedAvg.
-        reference_path: published numbers.
-        evidence: what the tables need that only some studies have; without it there are none of these.
+        runs_path, rounds_path: the files of `results.collect`. expected: the study's runs (task, partition,
+        method, seed), in its order; empty: all existing runs. titles: display title of each method label,
+        in the order of the rows. destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each
+        of `contents.names_of_tables`. controls: names of methods that are not competitors; None: as the
+        method files define. against: label of the method that the others are compared with in pairs; by
+        default that of FedAvg. reference_path: published numbers. evidence: what the tables need that only
+        some studies have; without it there are none of these.
 
     Raises:
         UserError: a file cannot be read.

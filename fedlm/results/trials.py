@@ -42,7 +42,9 @@ def _row(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         finished = record["status"] == "finished"
-        row = {name: record[name] for name in ("study", "task", "partition", "method", "seed", "trial", "status")}
+        row = {
+            name: record[name] for name in ("study", "task", "partition", "method", "seed", "trial", "status")
+        }
         row |= {"error": record.get("error"), "searched": json.dumps(record["searched"])}
         row |= {name: record["provenance"][name] for name in ("commit", "code_sha256")}
         for name in ("metric", "greater_is_better", "validation_score", "train_seconds", "flops"):

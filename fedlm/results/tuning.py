@@ -1,4 +1,4 @@
-"""What the tuning found: the expected best validation score by the number of trials, and the chosen settings."""
+"""What the tuning found: the expected best validation score by number of trials, and the choices."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -21,7 +21,7 @@ LABELS = ["task", "partition", "method"]
 
 
 def read_trials(path: Path) -> pandas.DataFrame:
-    """Return the compiled trials, one row each; raise UserError if the file is absent or of another layout."""
+    """Return the compiled trials, one row each; raise UserError if the file is absent or outdated."""
     try:
         trials = pandas.read_parquet(path)
     except (OSError, ValueError):
@@ -33,7 +33,7 @@ def read_trials(path: Path) -> pandas.DataFrame:
 
 
 def read_choices(folder: Path, rows: Collection[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return what was chosen for each of these tasks and methods, from the files <task>/<method>.json of a folder.
+    """Return what was chosen for each of these tasks and methods, from the files <task>/<method>.json.
 
     A file that is not there is left out.
     """
@@ -52,7 +52,7 @@ def read_choices(folder: Path, rows: Collection[tuple[str, str]]) -> list[dict[s
 
 
 def expectations(trials: pandas.DataFrame) -> pandas.DataFrame:
-    """Return the expected best validation score of each number of trials, for each task, partition and method.
+    """Return the expected best validation score of so many trials, for each task, partition and method.
 
     A failed trial counts as a score as bad as the worst that any method had on the task.
     """
@@ -75,7 +75,9 @@ def expectations(trials: pandas.DataFrame) -> pandas.DataFrame:
 
 def _shown_numbers(most: int) -> list[int]:
     """Return 1, 2, 4, ... and the largest number of trials."""
-    return sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most}) if most else []
+    return (
+        sorted({*(2**power for power in range(most.bit_length()) if 2**power <= most), most}) if most else []
+    )
 
 
 def tuning_table(scene: Scene, trials: pandas.DataFrame, choices: Sequence[dict[str, Any]]) -> Table:
@@ -111,10 +113,11 @@ def tuning_table(scene: Scene, trials: pandas.DataFrame, choices: Sequence[dict[
     columns = ["Task", "Partition", "Method", *headings.values(), "Failed", "Chosen"]
     cells = pandas.DataFrame(rows, columns=columns)
     notes = [
-        "Expected best validation score of so many trials (in points where greater is better), over all ways to draw "
-        "them from the trials made; the last column of numbers is the score of the trial that was chosen. A failed "
-        "trial counts as the worst score of any method on the task. * The outermost value tried: the range may have "
-        "been too narrow. All trials are in trials.parquet, their records below trials/.",
+        "Expected best validation score of so many trials (in points where greater is better), over all "
+        "ways to draw them from the trials made; the last column of numbers is the score of the trial "
+        "that was chosen. A failed trial counts as the worst score of any method on the task. * The "
+        "outermost value tried: the range may have been too narrow. All trials are in trials.parquet, "
+        "their records below trials/.",
         *scene.notes(),
     ]
     return Table(
