@@ -1,4 +1,4 @@
-"""What it costs to come near the score of centralised training: bytes, compute, memory, seconds on devices."""
+"""What it costs to come near the score of centralised training: bytes, compute, memory, seconds."""
 
 import math
 from collections.abc import Mapping

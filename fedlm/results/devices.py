@@ -161,7 +161,7 @@ def round_seconds(cohorts: Iterable[Sequence[float]]) -> float:
 
 
 def waiting_seconds(cohorts: Iterable[Sequence[float]]) -> float:
-    """Return the seconds that all clients together wait for others between a round's beginning and its end."""
+    """Return the seconds that all clients together wait for others from a round's start to its end."""
     cohorts = [cohort for cohort in cohorts if len(cohort)]
     whole = round_seconds(cohorts)
     return sum(whole - own for cohort in cohorts for own in cohort)
@@ -174,7 +174,7 @@ def seconds_so_far(
     device: Device,
     link: Link,
 ) -> pandas.Series:
-    """Return the seconds from a run's start to the end of each round, if all clients had this device and link.
+    """Return the seconds from a run's start to each round's end, if all clients had this device and link.
 
     A record holds the sums of a round, and the largest payloads. Where each client is a cohort of its own the
     seconds follow from the sums. Otherwise a cohort is charged for a client that has the round's largest
