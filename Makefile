@@ -17,9 +17,10 @@ demo demo-llm: setup
 	@$(MAKE) --no-print-directory results/$@/report.html STUDY=$@
 	@$(RUN) -m fedlm tables --config config/$@.yaml --show
 	@echo
-	@echo "tables   results/$@/tables"
-	@echo "figures  figures/$@"
-	@echo "report   results/$@/report.html"
+	@echo "explorer  results/$@/explorer.html   (open this first)"
+	@echo "tables    results/$@/tables"
+	@echo "figures   figures/$@"
+	@echo "report    results/$@/report.html"
 
 # Rebuilt when a table or figure is newer.
 results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUDY)/*)

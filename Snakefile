@@ -1,4 +1,4 @@
-# The pipeline: prepare -> partition -> train -> collect -> tables, figures -> report.
+# The pipeline: prepare -> partition -> train -> collect -> tables, figures, explorer -> report.
 #
 #   snakemake                                     runs config/demo.yaml
 #   snakemake --configfile config/paper.yaml      runs another study
@@ -25,6 +25,7 @@ localrules:
     tables,
     pages,
     figures,
+    explorer,
     predict,
 
 
@@ -36,6 +37,7 @@ rule all:
         rules.tables.output,
         rules.pages.output,
         rules.figures.output,
+        rules.explorer.output,
     message:
         "Study {study.study} is complete"
 

@@ -61,6 +61,30 @@ def check(config: Annotated[Path, typer.Argument(help="The study file.")]) -> No
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The study file.")],
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Processor cores that the pipeline gets. [all]")
+    ] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Say what a study will take: hours on this machine, memory, disk. Does one turn of each method."""
+    from fedlm.jobs import planning
+    from fedlm.study.check import check as check_study
+
+    study = _study(config)
+    check_study(study)
+    found = planning.plan(
+        study,
+        config,
+        _folders(study, results),
+        cores or len(os.sched_getaffinity(0)),
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    print("\n".join(planning.describe(found, study)))
+
+
+@app.command()
 def init(
     data: Annotated[str, typer.Option(help="A .csv, .parquet or .jsonl file, or a folder like one.")],
     text: Annotated[str, typer.Option(help="Columns of the input, with commas between them.")],
@@ -312,6 +336,22 @@ def figures(
 
     study = _study(config)
     reports.draw_figures(study, _folders(study, results), destination / study.study)
+
+
+@app.command()
+def explorer(
+    config: Config,
+    results: Results = Path("results"),
+    output: Annotated[Path | None, typer.Option(help="[explorer.html in the study's results]")] = None,
+    devices: Annotated[
+        Path | None, typer.Option(help="Own devices and links, added to those of config/devices.yaml.")
+    ] = None,
+) -> None:
+    """Write one web page with all results of a study, to open from a file: no network, no server."""
+    from fedlm.jobs import reports
+
+    study = _study(config)
+    print(f"explorer  {reports.write_explorer(study, _folders(study, results), output, devices)}")
 
 
 @app.command()

@@ -498,6 +498,18 @@ def test_a_run_that_goes_on_is_announced_with_its_process(tmp_path, plain):
     assert obstacles.announce(study, folders.root) == []
 
 
+def test_a_trial_that_goes_on_is_announced_too(tmp_path, plain):
+    tuned = {
+        "tuning": {"seed": 9, "trials": 2, "partitions": {"films": "iid"}},
+        "methods": {"head_only": None},
+    }
+    study = parse({**plain, **tuned})
+    folders, trial = running.Folders("study", tmp_path), list(study.trials())[1]
+    with locked(folders.checkpoints(trial) / "lock", lambda: None):
+        (line,) = obstacles.announce(study, folders.root)
+    assert line.startswith("films/iid/head_only/trial1: a process of an earlier start is still making it")
+
+
 def test_a_run_writes_its_process_down(tmp_path, plain):
     study, seen = parse(plain), []
     folders, run = running.Folders("study", tmp_path), next(study.runs())

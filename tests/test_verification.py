@@ -155,6 +155,7 @@ def test_tables_and_figures_follow_from_the_records_to_the_byte(made, finished, 
     collecting.collect(study, folders)
     reports.write_tables(study, folders)
     reports.draw_figures(study, folders, tmp_path / "figures")
+    reports.write_explorer(study, folders)
     assert list(verification.differences(study, folders, tmp_path / "figures")) == []
     main, figure = folders.root / "tables/main.csv", tmp_path / "figures/memory.pdf"
     main.write_text(main.read_text().replace("1", "2", 1))

@@ -47,7 +47,8 @@ class Costs:
     `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
     were not measured: they are between equal blocks that were. `kept_bytes` is what all clients together keep
     after the run, `server_bytes` what the server holds then besides the parameters. In `alike`, segments that
-    differ only in their position have the same number. `cohorts` are the sizes of the last round's cohorts.
+    differ only in their position have the same number. `cohorts` are the sizes of the last round's cohorts,
+    `models` is how many models are scored in the end.
     """
 
     parameters: int
@@ -65,6 +66,7 @@ class Costs:
     interpolated: tuple[str, ...]
     alike: dict[str, int]
     cohorts: tuple[int, ...]
+    models: int
 
     @property
     def peak(self) -> Memory:
@@ -319,6 +321,7 @@ def predict(
         ),
         alike={label: numbers[group] for label, group in groups.items()},
         cohorts=tuple(run.cohorts),
+        models=sum(1 for _ in method.models(run.server)),
     )
 
 

@@ -69,11 +69,11 @@ def _is_read_only(folder: Path) -> bool:
 
 
 def in_progress(study: Study, root: Path) -> Iterator[tuple[Run, int | None]]:
-    """Yield the study's runs that a process is making now, with its number where it has written it down.
+    """Yield the runs and trials that a process is making now, with its number where it has written it down.
 
     `root` is the folder of the study's results. A training process outlives a Snakemake that is killed.
     """
-    for run in study.runs():
+    for run in (*study.runs(), *study.trials()):
         lock = root / "checkpoints" / run.path / "lock"
         try:
             with lock.open("rb") as file:

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 from fedlm.base.files import write_atomically
+from fedlm.data.partition import PartitionFile
 from fedlm.jobs.folders import Folders
 from fedlm.results import contents, cost_tables, figures, findings, tables, tuning
 from fedlm.results.claims import read_predicted
 from fedlm.results.devices import read_devices
+from fedlm.results.records import load_rounds, load_runs
+from fedlm.results.scene import Scene
 from fedlm.study.study import Study
 
 
@@ -63,6 +66,27 @@ def draw_figures(study: Study, folders: Folders, destination: Path) -> list[Path
         controls=study.found.controls(),
         contents=has,
         trials=tuning.read_trials(root / "trials.parquet") if has.tuned else None,
+    )
+
+
+def write_explorer(
+    study: Study, folders: Folders, destination: Path | None = None, devices: Path | None = None
+) -> Path:
+    """Write the page with all results of a study, by default as `explorer.html`; return its path."""
+    from fedlm.results import explorer
+
+    root = folders.root
+    return explorer.make(
+        Scene.make(
+            load_runs(root / "runs.parquet"), _expected(study), study.titles(), study.found.controls()
+        ),
+        load_rounds(root / "rounds.parquet"),
+        map(PartitionFile.read, sorted((root / "partitions").rglob("seed*.json"))),
+        destination or root / "explorer.html",
+        study=study.study,
+        devices=read_devices(devices),
+        cohorts=contents.cohorts(study),
+        has_target="cost_to_target" in contents.Contents.of(study).tables(),
     )
 
 

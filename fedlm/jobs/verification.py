@@ -85,6 +85,7 @@ def differences(study: Study, folders: Folders, figures: Path) -> Iterator[str]:
         pairs += [(path, folders.root / "tables" / path.name) for path in reports.write_tables(study, again)]
         drawn = reports.draw_figures(study, again, Path(aside) / "figures")
         pairs += [(path, figures / path.name) for path in drawn]
+        pairs.append((reports.write_explorer(study, again), folders.root / "explorer.html"))
         if (folders.root / "findings.md").exists():
             reports.write_findings(study, again, again.root / "findings.md")
             pairs.append((again.root / "findings.md", folders.root / "findings.md"))

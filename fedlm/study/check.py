@@ -1,6 +1,6 @@
 """Everything that can be checked before the first job: data, models, and what methods require of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from pydantic import ValidationError
@@ -10,7 +10,7 @@ from fedlm.data import schemes
 from fedlm.data.task import Task
 from fedlm.federation import reducible
 from fedlm.federation.facts import Facts, facts
-from fedlm.study.study import Study
+from fedlm.study.study import Run, Study
 from fedlm.study.yaml_files import printable
 
 
@@ -24,6 +24,9 @@ def check(study: Study) -> list[str]:
     """
     faults: list[str] = []
     notes: list[str] = []
+    trials: dict[tuple[str, str], list[Run]] = {}
+    for run in study.trials():
+        trials.setdefault((run.task, run.method), []).append(run)
 
     def attempt(path: str, action: Callable[[], object]) -> None:
         try:
@@ -71,7 +74,8 @@ def check(study: Study) -> list[str]:
             attempt(f"methods.{name}", partial(built.check_training, training))
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             if study.tuning and chosen.tuned_as is None:
-                attempt(f"methods.{name}", partial(_check_trials, study, label, name, found))
+                own = trials.get((label, name), [])
+                attempt(f"methods.{name}", partial(_check_trials, study, own, found))
             attempt(f"methods.{name}", partial(_check_averaging, study, label, name, built.averages()))
             virtual, positions = built.virtual_tokens(), found.positions
             if positions is not None and positions - virtual < 8:
@@ -100,15 +104,14 @@ def _check_partitions(study: Study, label: str, task: Task, training: int | None
         )
 
 
-def _check_trials(study: Study, task: str, method: str, found: Facts) -> None:
+def _check_trials(study: Study, trials: Iterable[Run], found: Facts) -> None:
     """Check the settings of each trial, which also have to fit the row's other settings and the model."""
-    for run in study.trials():
-        if (run.task, run.method) == (task, method):
-            try:
-                config = study.run(*run)
-            except ValidationError as error:
-                raise UserError(f"trial {run.trial}: {error.errors()[0]['msg']}") from error
-            config.method_class(config.method_settings, config.federation.clients, run.seed).check(found)
+    for run in trials:
+        try:
+            config = study.run(*run)
+        except ValidationError as error:
+            raise UserError(f"trial {run.trial}: {error.errors()[0]['msg']}") from error
+        config.method_class(config.method_settings, config.federation.clients, run.seed).check(found)
 
 
 def _check_averaging(study: Study, task: str, method: str, averages: bool) -> None:

@@ -17,6 +17,7 @@ from fedlm.study.check import check
 from fedlm.base.errors import FailedRun, UserError
 from fedlm.jobs import obstacles
 from fedlm.jobs.provenance import code_hash, data_code_hash
+from fedlm.jobs.requests import request_mb
 from fedlm.jobs.sources import syntax_hash, with_imports
 from fedlm.study.plugins import file_of
 
@@ -239,11 +240,6 @@ def bundles(runs, largest):
             yield group[start : start + size]
 
 
-# What a job on a cluster needs besides the method's tensors: Python with PyTorch and Transformers, the data, and
-# the two Snakemake processes that watch it.
-PROCESS_MB = 2000
-
-
 def predictions(wildcards):
     """Return the cost prediction, from which cluster jobs request memory; on one machine there is none.
 
@@ -255,21 +251,13 @@ def predictions(wildcards):
 def memory_mb(task, method, predictions, attempt):
     """Return the memory of a training job in MB: as predicted, or else as set in the study.
 
-    Besides the client's turn the process holds the exchanged parameters five times: the server's first and
-    current values, the running sum, a payload, and a checkpoint being written; and twice what the server holds
-    besides, such as an optimizer's moments, since their next values are made from the old ones. What clients keep between their
-    turns is on disk. On a GPU job the turn's memory is the GPU's, and the weights only pass through.
     Each further attempt gets half as much again.
     """
     needed = study.pipeline.memory_mb
     for path in predictions:
         predicted = json.loads(Path(path).read_text()).get(f"{task}/{method}")
         if predicted:
-            turn = "parameter_bytes" if study.pipeline.gpus else "peak_memory_bytes"
-            held = 5 * predicted["exchanged_bytes"] + 2 * predicted.get(
-                "server_bytes", 0
-            )
-            needed = PROCESS_MB + (predicted[turn] + held) / 1e6
+            needed = request_mb(predicted, bool(study.pipeline.gpus))
     return int(needed * (1 + 0.5 * (attempt - 1)))
 
 
@@ -286,7 +274,9 @@ def draw_finished_runs():
     """Make tables and figures of the finished runs after others have failed."""
     steps = [
         f"python3 -m fedlm {step} --config {shlex.quote(str(STUDY_FILE))}"
-        for step in ("collect", "tables", "figures")
+        for step in ("collect", "tables", "figures", "explorer")
     ]
-    steps.append(f"echo 'Made from the finished runs: {RESULTS}/tables, {FIGURES}'")
+    steps.append(
+        f"echo 'Made from the finished runs: {RESULTS}/explorer.html, {RESULTS}/tables, {FIGURES}'"
+    )
     shell(" && ".join(steps) + " || true")

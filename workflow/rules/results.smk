@@ -20,6 +20,9 @@ TITLES_OF_TABLES = {
 TABLES = {name: TITLES_OF_TABLES[name] for name in names_of_tables(CONTENTS)}
 CLAIMED = f"{RESULTS}/costs/claims.csv"
 PAGES = Path(workflow.basedir, "workflow", "scripts", "pages.py")
+PAGE_PARTS = [
+    f"fedlm/results/page/explorer.{ending}" for ending in ("html", "css", "js")
+]
 PICTURES = names_of_figures(len(study.tasks), len(study.partitions), CONTENTS)
 
 
@@ -103,6 +106,28 @@ rule figures:
         "Drawing the figures"
     shell:
         "python3 -m fedlm figures --config {params.study:q} 2>&1 | tee {log}"
+
+
+rule explorer:
+    input:
+        rules.collect.output,
+    output:
+        f"{RESULTS}/explorer.html",
+    log:
+        f"{RESULTS}/logs/explorer.log",
+    conda:
+        "../../environment.yml"
+    params:
+        study=STUDY_FILE,
+        titles=study.titles(),
+        depends_on=[
+            sources("fedlm/results/explorer.py", "config/devices.yaml", *PAGE_PARTS),
+            methods_used(),
+        ],
+    message:
+        "Making the explorer, a page with all results"
+    shell:
+        "python3 -m fedlm explorer --config {params.study:q} 2>&1 | tee {log}"
 
 
 # Snakemake's report displays pages and pictures, but offers csv and Markdown only for download.
