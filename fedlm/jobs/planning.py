@@ -17,6 +17,7 @@ import numpy
 from tabulate import tabulate
 
 from fedlm.base.errors import UserError
+from fedlm.costs.cases import cost, of_study
 from fedlm.costs.prediction import LEAST_POSITIONS, Costs, predict
 from fedlm.costs.tables import duration
 from fedlm.jobs.folders import Folders
@@ -38,7 +39,8 @@ class Piece(NamedTuple):
     partition: str
     method: str
     title: str
-    runs: int  # trials included
+    trials: bool  # whether its runs are trials of the tuning
+    runs: int
     finished: int
     seconds: float  # NaN where nothing could be measured
     flops: float
@@ -65,8 +67,12 @@ class Plan(NamedTuple):
 
     @property
     def jobs(self) -> int:
-        """How many jobs train what is left."""
-        return sum(math.ceil(piece.left / self.runs_per_job) for piece in self.pieces)
+        """How many jobs train what is left: those of one task and method share them."""
+        left: dict[tuple[str, str, bool], int] = {}
+        for piece in self.pieces:
+            key = piece.task, piece.method, piece.trials
+            left[key] = left.get(key, 0) + piece.left
+        return sum(math.ceil(count / self.runs_per_job) for count in left.values())
 
     @property
     def processor_seconds(self) -> float:
@@ -102,6 +108,7 @@ class _Measured(NamedTuple):
     rounds: int  # of the prediction
     seconds: float
     startup: float
+    reason: str = ""  # why seconds are not known
 
 
 def plan(
@@ -113,12 +120,13 @@ def plan(
 ) -> Plan:
     """Measure one turn of each task, partition and method of a study, and add up what is left of it.
 
-    Where data or weights are not on this machine, seconds are NaN and the reason is among `unknown`.
+    Where data or weights are not on this machine, seconds are NaN and the reason is among `unknown`; costs
+    are then predicted for turns of ten steps, if the study does not set them, and texts of full length.
     """
     every = [*study.runs(), *study.trials()]
-    groups: dict[tuple[str, str, str], list[Run]] = {}
+    groups: dict[tuple[str, str, str, bool], list[Run]] = {}
     for run in every:
-        groups.setdefault(run[:3], []).append(run)
+        groups.setdefault((run.task, run.partition, run.method, run.trial is not None), []).append(run)
     at_a_time = max(1, cores // study.pipeline.threads)
     asked = [_Asked(study_file, runs[0]) for runs in groups.values()]
     with ProcessPoolExecutor(at_a_time) as pool:
@@ -129,10 +137,12 @@ def plan(
             log(f"{number} of {len(asked)}: {one.run.task}, {one.run.partition}, {one.run.method}")
     pieces: list[Piece] = []
     unknown: list[str] = []
-    for (task, partition, method), runs, measured in zip(groups, groups.values(), found, strict=True):
+    for (task, partition, method, trials), runs, measured in zip(groups, groups.values(), found, strict=True):
         finished = sum(folders.record(run).exists() for run in runs)
+        if isinstance(measured, str) or measured.reason:
+            reason = measured if isinstance(measured, str) else measured.reason
+            unknown.append(f"{task}/{partition}/{method}: {reason}")
         if isinstance(measured, str):
-            unknown.append(f"{task}/{partition}/{method}: {measured}")
             continue
         config = study.run(*runs[0])
         costs, times = measured.costs, config.federation.rounds / measured.rounds
@@ -148,6 +158,7 @@ def plan(
                 partition=partition,
                 method=method,
                 title=study.methods[method].title,
+                trials=trials,
                 runs=len(runs),
                 finished=finished,
                 seconds=measured.seconds,
@@ -160,7 +171,7 @@ def plan(
                 checkpoint_bytes=2 * (costs.exchanged_bytes + costs.server_bytes),
             )
         )
-    startups = [one.startup for one in found if isinstance(one, _Measured)]
+    startups = [one.startup for one in found if isinstance(one, _Measured) and not one.reason]
     startup = float(numpy.median(startups)) if startups else math.nan
     return Plan(pieces, startup, at_a_time, study.pipeline.runs_per_job, unknown)
 
@@ -184,10 +195,20 @@ def _measure(asked: _Asked) -> _Measured | str:
     torch.set_num_threads(1)
     study = reading.load(asked.study_file)
     run = asked.run
+    config = study.run(*run)
     try:
-        return _measure_run(study, study.run(*run), run, str(asked.study_file))
+        return _measure_run(study, config, run, str(asked.study_file))
     except UserError as error:
-        return str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
+    try:
+        case = next(one for one in of_study(study) if (one.task, one.method) == (run.task, run.method))
+        rounds = min(config.federation.rounds, ROUNDS)
+        few = case.federation.model_copy(update={"rounds": rounds})
+        return _Measured(
+            cost(case._replace(federation=few), LEAST_POSITIONS), rounds, math.nan, math.nan, reason
+        )
+    except UserError:
+        return reason
 
 
 def _measure_run(study: Study, config: RunConfig, run: Run, origin: str) -> _Measured:
@@ -273,19 +294,24 @@ def _seconds_to_import() -> float:
     return _times["import"]
 
 
+def _known(seconds: float) -> str:
+    return "not known" if math.isnan(seconds) else duration(seconds)
+
+
 def describe(found: Plan, study: Study) -> list[str]:
     """Return the plan in lines for a terminal."""
     rows: dict[tuple[str, str], list[Piece]] = {}
     for piece in found.pieces:
-        rows.setdefault((piece.task, piece.title), []).append(piece)
+        title = f"{piece.title}, trials" if piece.trials else piece.title
+        rows.setdefault((piece.task, title), []).append(piece)
     table = [
         [
             task,
             title,
             sum(piece.runs for piece in own),
             sum(piece.left for piece in own),
-            duration(float(numpy.mean([piece.seconds for piece in own]))),
-            duration(sum(piece.left * piece.seconds for piece in own)),
+            _known(float(numpy.mean([piece.seconds for piece in own]))),
+            _known(sum(piece.left * piece.seconds for piece in own if piece.left)),
             significant(max(piece.memory_bytes for piece in own) / 2**20),
             significant(sum(piece.left * (piece.upload_bytes + piece.download_bytes) for piece in own) / 1e6),
         ]
@@ -298,9 +324,9 @@ def describe(found: Plan, study: Study) -> list[str]:
     lines.append(f"{study.study}: {runs} runs, {runs - left} finished, {left} left")
     if left:
         lines.append(
-            f"time: about {duration(found.seconds)} with {found.at_a_time} "
+            f"time: about {_known(found.seconds)} with {found.at_a_time} "
             f"{'run' if found.at_a_time == 1 else 'runs'} at a time; "
-            f"{duration(found.processor_seconds)} of processor time"
+            f"{_known(found.processor_seconds)} of processor time"
         )
         lines.append(
             f"memory: up to {significant(max(p.request_mb for p in found.pieces if p.left) / 1e3)} GB a job"
@@ -309,6 +335,7 @@ def describe(found: Plan, study: Study) -> list[str]:
         requests = [piece.request_mb for piece in found.pieces if piece.left]
         lines.append(
             f"on a cluster: {found.jobs} submissions of training jobs, each of {min(requests)} to "
-            f"{max(requests)} MB and {study.pipeline.threads} cores"
+            f"{max(requests)} MB and {study.pipeline.threads} "
+            f"{'core' if study.pipeline.threads == 1 else 'cores'}"
         )
     return [*lines, *(f"not measured: {line}" for line in found.unknown)]
