@@ -149,7 +149,8 @@ def _curves(scene: Scene, rounds: pandas.DataFrame, seconds: Sequence[str]) -> p
         for partition in scene.partitions
     }
     means["cell"] = [cells[key] for key in zip(means["task"], means["partition"], strict=True)]
-    return means
+    order = {title: place for place, title in enumerate(cells.values())}
+    return means.sort_values("cell", key=lambda titles: titles.map(order), kind="stable")
 
 
 def _ranking(scene: Scene) -> pandas.DataFrame:

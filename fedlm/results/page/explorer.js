@@ -72,7 +72,11 @@ function target() {
 const where = () => `${state.task || all.task}, ${state.partition || all.partition}`;
 const axis = (axes, name) => axes.find((one) => one[0] === name) || axes[0];
 
-function widths(chart, count, room, least, margin) {
+// Panels in the study's order, as many beside each other as there is room for.
+function arrange(chart, rows, by, room, least, margin) {
+  const order = [...new Set(rows.map((row) => row[by]))];
+  const count = order.length;
+  chart.facet.sort = order;
   const most = Math.max(1, Math.min(count, Math.floor(room / least)));
   const columns = Math.ceil(count / Math.ceil(count / most)); // no last row that is nearly empty
   chart.columns = columns;
@@ -82,7 +86,8 @@ function widths(chart, count, room, least, margin) {
 function scale(encoding, [field, title, logarithmic], zero) {
   encoding.field = field;
   encoding.title = title;
-  if (field !== "score") encoding.axis = { ...encoding.axis, format: "~s" };
+  if (field === "round") encoding.axis = { tickMinStep: 1 };
+  else if (field !== "score") encoding.axis = { ...encoding.axis, format: "~s" };
   encoding.scale = logarithmic ? { type: "log", nice: false, padding: 10 } : { zero };
 }
 
@@ -112,14 +117,14 @@ const panes = {
         if (isScore) delete layer.encoding.y.axis;
       } else scale(layer.encoding.y, y, false);
     }
-    widths(chart, new Set(rows.map((row) => row.cell)).size, room, 300, 95);
+    arrange(chart, rows, "cell", room, 300, 95);
     return { chart, rows };
   },
   curves(chart, room) {
     const x = axis(page.along, state.along);
     const rows = tables.curves.filter((row) => shown(row) && row[x[0]] !== null && (!x[2] || row[x[0]] > 0));
     for (const layer of layers(chart)) scale(layer.encoding.x, x, false);
-    widths(chart, new Set(rows.map((row) => row.cell)).size, room, 300, 95);
+    arrange(chart, rows, "cell", room, 300, 95);
     return { chart, rows };
   },
   target(chart, room) {
@@ -127,17 +132,17 @@ const panes = {
     const x = axis([...page.along, ["peak_memory_bytes", "peak memory of a turn (bytes)", true]], state.spent);
     const least = Math.min(...rows.map((row) => row.amount).filter((amount) => amount !== null));
     for (const layer of layers(chart)) if (layer.encoding.x.field) scale(layer.encoding.x, ["amount", x[1], x[2] && least > 0], false);
-    widths(chart, new Set(rows.map((row) => row.cell)).size, room, 400, 190);
+    arrange(chart, rows, "cell", room, 400, 190);
     return { chart, rows };
   },
   memory(chart, room) {
     const rows = memory();
-    widths(chart, new Set(rows.map((row) => row.task)).size, room, 460, 190);
+    arrange(chart, rows, "task", room, 460, 190);
     return { chart, rows };
   },
   partitions(chart, room) {
     const rows = tables.clients.filter((row) => shown({ ...row, method: null }));
-    widths(chart, new Set(rows.map((row) => row.cell)).size, room, 300, 95);
+    arrange(chart, rows, "cell", room, 300, 95);
     return { chart, rows };
   },
 };
