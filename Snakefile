@@ -45,8 +45,14 @@ rule all:
 # Only if there are jobs, and not in a dry run.
 onstart:
     check_writable()
+    show_progress()
+
+
+onsuccess:
+    end_progress()
 
 
 # If runs failed, tables and figures are made from the others; they name the missing ones.
 onerror:
+    end_progress()
     draw_finished_runs()

@@ -15,7 +15,7 @@ from fedlm.jobs import tracked
 from fedlm.jobs.folders import Folders
 from fedlm.study.check import check
 from fedlm.base.errors import FailedRun, UserError
-from fedlm.jobs import obstacles
+from fedlm.jobs import obstacles, progress
 from fedlm.jobs.provenance import code_hash, data_code_hash
 from fedlm.jobs.requests import request_mb
 from fedlm.jobs.sources import syntax_hash, with_imports
@@ -259,6 +259,25 @@ def memory_mb(task, method, predictions, attempt):
         if predicted:
             needed = request_mb(predicted, bool(study.pipeline.gpus))
     return int(needed * (1 + 0.5 * (attempt - 1)))
+
+
+# Jobs print their lines into their log and, where no bar shows how far the study is, on the terminal.
+shell.prefix(
+    'lines() {{ if [ -n "${{FEDLM_BAR:-}}" ]; then cat > "$1"; else tee "$1"; fi; }}; '
+)
+BAR = []
+
+
+def show_progress():
+    """Show how far the study is, if it is started in a terminal."""
+    unsettled = [run for run in RUNS + TRIALS if run.path not in SETTLED]
+    rounds = progress.Rounds(study, unsettled, Folders(study.study))
+    BAR.append(progress.show(rounds, study.study, logger))
+
+
+def end_progress():
+    for bar in filter(None, BAR):
+        bar.close()
 
 
 def check_writable():

@@ -25,7 +25,7 @@ rule predict:
     # Without a prediction the jobs still run: they request what the study sets.
     shell:
         "{{ python3 -m fedlm costs --config {params.study:q} --predictions {output}"
-        " || [ -s {output} ] || echo '{{}}' > {output}; }} 2>&1 | tee {log}"
+        " || [ -s {output} ] || echo '{{}}' > {output}; }} 2>&1 | lines {log}"
 
 
 if CONTENTS.judges():
@@ -48,4 +48,4 @@ if CONTENTS.judges():
         message:
             "Predicting the costs that claims name"
         shell:
-            "python3 -m fedlm costs --claims {output} 2>&1 | tee {log}"
+            "python3 -m fedlm costs --claims {output} 2>&1 | lines {log}"

@@ -18,7 +18,7 @@ rule prepare:
     message:
         "Preparing task {wildcards.task}"
     shell:
-        "python3 -m fedlm prepare --config {params.study:q} --task {wildcards.task} 2>&1 | tee {log}"
+        "python3 -m fedlm prepare --config {params.study:q} --task {wildcards.task} 2>&1 | lines {log}"
 
 
 rule partition:
@@ -41,4 +41,4 @@ rule partition:
         "Dividing {wildcards.task} by {wildcards.partition}, seed {wildcards.seed}"
     shell:
         "python3 -m fedlm partition --config {params.study:q} --task {wildcards.task}"
-        " --partition {wildcards.partition} --seed {wildcards.seed} 2>&1 | tee {log}"
+        " --partition {wildcards.partition} --seed {wildcards.seed} 2>&1 | lines {log}"

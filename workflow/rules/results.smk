@@ -44,7 +44,7 @@ rule collect:
     message:
         f"Collecting {len(RUNS)} records"
     shell:
-        "python3 -m fedlm collect --config {params.study:q} 2>&1 | tee {log}"
+        "python3 -m fedlm collect --config {params.study:q} 2>&1 | lines {log}"
 
 
 rule tables:
@@ -77,7 +77,7 @@ rule tables:
     message:
         "Making the tables"
     shell:
-        "python3 -m fedlm tables --config {params.study:q} 2>&1 | tee {log}"
+        "python3 -m fedlm tables --config {params.study:q} 2>&1 | lines {log}"
 
 
 rule figures:
@@ -105,7 +105,7 @@ rule figures:
     message:
         "Drawing the figures"
     shell:
-        "python3 -m fedlm figures --config {params.study:q} 2>&1 | tee {log}"
+        "python3 -m fedlm figures --config {params.study:q} 2>&1 | lines {log}"
 
 
 rule explorer:
@@ -127,7 +127,7 @@ rule explorer:
     message:
         "Making the explorer, a page with all results"
     shell:
-        "python3 -m fedlm explorer --config {params.study:q} 2>&1 | tee {log}"
+        "python3 -m fedlm explorer --config {params.study:q} 2>&1 | lines {log}"
 
 
 # Snakemake's report displays pages and pictures, but offers csv and Markdown only for download.
@@ -155,4 +155,4 @@ rule pages:
     message:
         "Turning the tables into pages of the report"
     shell:
-        "python3 {params.script:q} {input} {output} 2>&1 | tee {log}"
+        "python3 {params.script:q} {input} {output} 2>&1 | lines {log}"

@@ -41,7 +41,7 @@ if study.pipeline.runs_per_job == 1:
             "Training {wildcards.method} on {wildcards.task}, {wildcards.partition}, seed {wildcards.seed}"
         shell:
             "python3 -m fedlm run --config {params.study:q} --task {wildcards.task} --partition {wildcards.partition}"
-            " --method {wildcards.method} --seed {wildcards.seed} --output {output} 2>&1 | tee {log}"
+            " --method {wildcards.method} --seed {wildcards.seed} --output {output} 2>&1 | lines {log}"
 
     rule trial:
         input:
@@ -77,7 +77,7 @@ if study.pipeline.runs_per_job == 1:
         message:
             "Trying settings of {wildcards.method} on {wildcards.task}, trial {wildcards.trial}"
         shell:
-            "python3 -m fedlm run-many --config {params.study:q} {params.run} 2>&1 | tee {log}"
+            "python3 -m fedlm run-many --config {params.study:q} {params.run} 2>&1 | lines {log}"
 
 else:
 
@@ -120,7 +120,7 @@ else:
                 f"Training {bundle[0].method} on {bundle[0].task}: {len(bundle)} "
                 f"{'runs' if bundle[0].trial is None else 'trials'} in one process"
             shell:
-                "python3 -m fedlm run-many --config {params.study:q} {params.runs} 2>&1 | tee {log}"
+                "python3 -m fedlm run-many --config {params.study:q} {params.runs} 2>&1 | lines {log}"
 
 
 # The settings that a study with `tuning` chooses for each method on each task.
@@ -141,4 +141,4 @@ rule choose:
         "Choosing the settings of {wildcards.method} on {wildcards.task}"
     shell:
         "python3 -m fedlm choose --config {params.study:q} --task {wildcards.task}"
-        " --method {wildcards.method} 2>&1 | tee {log}"
+        " --method {wildcards.method} 2>&1 | lines {log}"
