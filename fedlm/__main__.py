@@ -68,7 +68,11 @@ def plan(
     ] = None,
     results: Results = Path("results"),
 ) -> None:
-    """Say what a study will take: hours on this machine, memory, disk. Does one turn of each method."""
+    """Say what a study will take: hours on this machine, memory, disk. Does one turn of each method.
+
+    Nothing is downloaded: without data or weights, costs are predicted and hours are not known.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from fedlm.jobs import planning
     from fedlm.study.check import check as check_study
 

@@ -50,6 +50,8 @@ def shapes(model):
         ("bloom_560m", "causal", 0, 559_214_592),
         ("chatglm3_6b", "causal", 0, 6_243_584_000),
         ("llama2_7b", "causal", 0, 6_738_415_616),
+        ("mistral_7b", "causal", 0, 7_248_023_552),
+        ("gemma3_270m", "causal", 0, 268_098_176),
         ("mobillama_05b", "causal", 0, 534_865_920),
         ("smollm2", "causal", 0, 134_515_008),
     ],

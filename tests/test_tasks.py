@@ -45,8 +45,10 @@ def test_the_folder_holds_these_tasks():
     assert list(TASKS) == [
         "ag_news",
         "alpaca_gpt4",
+        "aya",
         "banking77",
         "bbc_news",
+        "dolly",
         "files",
         "glue",
         "movie_reviews",
@@ -582,6 +584,32 @@ def test_alpaca_from_a_folder(tmp_path):
     assert "### Input:\nloudly\n\n### Response:" in corpus.rows["prompt"][0]
     assert corpus.rows["target"][1] == "1!"
     assert [len(part) for part in tokenise(task, corpus, tiny.tokenizer()).split(0)] == [23, 2, 5]
+
+
+@pytest.mark.parametrize("name", ["dolly", "aya"])
+def test_instructions_of_populations_from_a_folder(tmp_path, name):
+    rows = [
+        {
+            "instruction": f"Say {index}",
+            "context": "",
+            "response": f"{index}!",
+            "inputs": f"Say {index}",
+            "targets": f"{index}!",
+            "category": f"kind {index % 3}",
+            "user_id": f"person {index % 3}",
+        }
+        for index in range(30)
+    ]
+    hub_folder(tmp_path / "data", {"train": rows})
+    task = TASKS[name]({"source": str(tmp_path), "test_examples": 5, "validation_examples": 2})
+    corpus = task.load()
+    assert corpus.rows["prompt"][1].endswith("### Instruction:\nSay 1\n\n### Response:\n")
+    assert corpus.rows["target"][1] == "1!"
+    prepared = tokenise(task, corpus, tiny.tokenizer())
+    assert prepared.group_names == [
+        f"{'kind' if name == 'dolly' else 'person'} {index}" for index in range(3)
+    ]
+    assert sorted(set(prepared.groups)) == [0, 1, 2]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_with_remedies():

@@ -27,6 +27,7 @@ from transformers import (
 ENCODERS = ("bert", "roberta")
 DECODERS = ("gpt2", "llama", "bloom", "glm", "mobillama")
 FAMILIES = ENCODERS + DECODERS
+MORE_DECODERS = ("mistral", "gemma3_text")  # of the standard studies
 
 # In RoBERTa's order, so that the numbers are 0 to 4 and padding is 1 in every family.
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -106,10 +107,8 @@ def config(family: str, layers: int = 3, hidden: int = 16, vocabulary: int = 256
         **wide,
         **shared,
     }
-    if family == "llama":
-        return AutoConfig.for_model("llama", **decoder)
-    if family == "glm":
-        return AutoConfig.for_model("glm", **decoder)
+    if family in ("llama", "glm", *MORE_DECODERS):
+        return AutoConfig.for_model(family, **decoder)
     if family == "mobillama":
         return AutoConfig.for_model("llama", share_feed_forward=True, **decoder)
     raise ValueError(f"unknown family {family!r}; there are {FAMILIES}")

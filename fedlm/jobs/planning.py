@@ -176,7 +176,7 @@ def plan(
     return Plan(pieces, startup, at_a_time, study.pipeline.runs_per_job, unknown)
 
 
-# What this process has prepared, by study file and task, and measured.
+# What this process has prepared, by study file and task, or why it could not; and what it has measured.
 _loaded: dict[tuple[str, str], Any] = {}
 _times: dict[str, float] = {}
 
@@ -223,10 +223,15 @@ def _measure_run(study: Study, config: RunConfig, run: Run, origin: str) -> _Mea
     torch.set_num_threads(study.pipeline.threads)
     key = origin, run.task
     if key not in _loaded:
-        with tempfile.TemporaryDirectory() as folder:
-            prepare(study.task(run.task), study.tasks[run.task].model or study.model, Path(folder))
-            _loaded[key] = Prepared.load(Path(folder))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                prepare(study.task(run.task), study.tasks[run.task].model or study.model, Path(folder))
+                _loaded[key] = Prepared.load(Path(folder))
+        except UserError as error:
+            _loaded[key] = error
     data = _loaded[key]
+    if isinstance(data, UserError):
+        raise data
     split = data.split(run.seed)
     clients = config.federation.clients
     parts = divide(config.partition, clients, data.labels, data.groups, run.seed, split.train)
@@ -332,10 +337,19 @@ def describe(found: Plan, study: Study) -> list[str]:
             f"memory: up to {significant(max(p.request_mb for p in found.pieces if p.left) / 1e3)} GB a job"
         )
         lines.append(f"disk: about {significant(found.disk_bytes / 1e6)} MB, most of it for a while only")
-        requests = [piece.request_mb for piece in found.pieces if piece.left]
+        requests = sorted({piece.request_mb for piece in found.pieces if piece.left})
+        sizes = " to ".join(str(size) for size in dict.fromkeys((requests[0], requests[-1])))
+        cores = "core" if study.pipeline.threads == 1 else "cores"
         lines.append(
-            f"on a cluster: {found.jobs} submissions of training jobs, each of {min(requests)} to "
-            f"{max(requests)} MB and {study.pipeline.threads} "
-            f"{'core' if study.pipeline.threads == 1 else 'cores'}"
+            f"on a cluster: {found.jobs} submissions of training jobs, each of {sizes} MB and "
+            f"{study.pipeline.threads} {cores}"
         )
-    return [*lines, *(f"not measured: {line}" for line in found.unknown)]
+    # Mostly the same reason for all methods of a task.
+    reasons: dict[str, list[str]] = {}
+    for line in found.unknown:
+        path, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(path)
+    for reason, paths in reasons.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        lines.append(f"not measured: {paths[0]}{more}: {reason}")
+    return lines

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # What Transformers has no class for; every other model of the catalogue does every kind its type allows.
-_NO_QUESTION_ANSWERING = ("glm",)
+_NO_QUESTION_ANSWERING = ("glm", "gemma3_text")
 _ENCODERS = ("bert", "roberta")
 
 
@@ -185,6 +185,41 @@ CATALOGUE: dict[str, CatalogueModel] = {
             "intermediate_size": 11008,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
+        },
+    ),
+    "mistral_7b": CatalogueModel(
+        title="Mistral-7B-v0.3, 7.25 billion parameters",
+        reference="arXiv:2310.06825; the size of the vocabulary is that of version 0.3",
+        hub="mistralai/Mistral-7B-v0.3",
+        model_type="mistral",
+        dimensions={
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "sliding_window": None,
+        },
+    ),
+    "gemma3_270m": CatalogueModel(
+        title="Gemma-3-270M, 268 million parameters",
+        reference="arXiv:2503.19786",
+        hub="google/gemma-3-270m",
+        model_type="gemma3_text",
+        dimensions={
+            "vocab_size": 262144,
+            "hidden_size": 640,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "intermediate_size": 2048,
+            "max_position_embeddings": 32768,
+            "pad_token_id": 0,
         },
     ),
     # The number of key-value heads is not in the paper; with as many as query heads the model has the 0.5
