@@ -178,6 +178,10 @@ class Method:
         """
         yield server.tensors
 
+    def extra(self, server: Server) -> dict[str, float]:
+        """Return numbers of the method's own for the record of a run, by name."""
+        return {}
+
 
 def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
     """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""

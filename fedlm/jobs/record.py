@@ -68,7 +68,7 @@ def build(
             **_origin(source, hashes),
             "payload_sha256": final.sha256(),
         },
-        "extra": {},
+        "extra": federation.method.extra(federation.server),
     }
 
 

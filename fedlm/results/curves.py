@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedlm.results.drawing import Style, edge, logarithmic_axis, panels
-from fedlm.results.lettering import measure, methods_legend, name_row, partition_title
+from fedlm.results.lettering import blank, measure, methods_legend, name_row, partition_title
 from fedlm.results.scene import Scene
 
 
@@ -62,6 +62,9 @@ def _curves(
         name, factor = measure(scene, task)
         for column, partition in enumerate(partitions):
             axes = grid[row, column]
+            if not scene.asks_for(task, partition):
+                blank(axes)
+                continue
             some = rounds[(rounds["task"] == task) & (rounds["partition"] == partition)]
             axes.set_title(partition_title(scene, task, partition, len(partitions)), pad=3)
             if some["validation_score"].notna().sum() == 0:
@@ -72,8 +75,12 @@ def _curves(
                 if len(own):
                     draw(axes, _mean_curves(own, factor), look[method])
                     methods.add(method)
-            if row == len(tasks) - 1:
+            # Panels that share an axis have its numbers where nothing comes below, or before.
+            if not any(scene.asks_for(below, partition) for below in tasks[row + 1 :]):
                 axes.set_xlabel(x_label)
+                axes.tick_params(labelbottom=True)
+            if not any(scene.asks_for(task, before) for before in partitions[:column]):
+                axes.tick_params(labelleft=True)
         name_row(grid[row, 0], task, f"validation {name}")
     methods_legend(figure, scene, look, methods)
     return figure

@@ -48,6 +48,14 @@ def empty(axes: Axes, text: str = "no runs") -> None:
     axes.grid(False)
 
 
+def blank(axes: Axes) -> None:
+    """Leave the place of a panel empty that the study does not have; its name on the left stays."""
+    # Not without ticks: panels that share an axis share them.
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
 def shorten(text: str, longest: int = 26) -> str:
     """Cut a text to so many letters, the last one an ellipsis."""
     return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from fedlm.data.partition import PartitionFile
 from fedlm.results.drawing import panels
-from fedlm.results.lettering import empty, letters_above, name_row, shorten
+from fedlm.results.lettering import blank, letters_above, name_row, shorten
 
 MANY_CLIENTS = 40  # with more, a partition is drawn as areas, largest client first
 MANY_LABELS = 8  # with more, the legend of a partition names the first and the last only
@@ -26,8 +26,7 @@ def draw_partitions(files: Sequence[PartitionFile], tasks: list[str], partitions
             axes = grid[row, column]
             found = [file for file in files if (file.task, file.partition) == (task, partition)]
             if not found:
-                empty(axes, "no partition")
-                axes.set_title(shorten(partition), pad=3)
+                blank(axes)
                 continue
             file = min(found, key=lambda file: file.seed)
             _draw_partition(axes, file)

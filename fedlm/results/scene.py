@@ -115,6 +115,10 @@ class Scene(NamedTuple):
                         rows.append((*key, some, asked.get(key, len(some))))
         return rows
 
+    def asks_for(self, task: str, partition: str) -> bool:
+        """Return whether the study has this cell; all, where nothing is known of the study."""
+        return not self.expected or any(run[:2] == (task, partition) for run in self.expected)
+
     def title(self, method: str) -> str:
         """Return a method's title, with a dagger where it is a control."""
         return self.titles[method] + ("†" if method in self.controls else "")
