@@ -79,7 +79,7 @@ def test_the_schema_refuses_what_the_code_refuses(changes):
 
 def test_each_definition_stands_in_the_schema_once():
     text = schema()
-    assert len(text) < 100_000
+    assert len(text) < 150_000
     for field in ('"largest_gradient_norm": {', '"trust_remote_code": {', '"dropout_rate": {'):
         assert text.count(field) == 1
 
