@@ -491,7 +491,7 @@ def advise(
     output: Annotated[Path | None, typer.Option(help="Folder for the table as csv, md and tex.")] = None,
 ) -> None:
     """Say which methods fit given devices, and how long turns and rounds take on them."""
-    from fedlm.costs import advice, cases
+    from fedlm.costs import advice, cases, tables
     from fedlm.results.devices import read_devices
     from fedlm.results.tables import write
     from fedlm.study.plugins import discover_methods
@@ -521,7 +521,7 @@ def advise(
     if len(failures) < len(found):
         rounds = advice.rounds_to_target(Path("results/benchmark/tables/cost_to_target.csv"))
         table = advice.advise(asked, found, known, dealt, line, rounds)
-        print(advice.terminal(table))
+        print(tables.typed(table.cells, table.notes))
         if output:
             write([table], output)
             print(f"\ntable  {output}")

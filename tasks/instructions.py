@@ -1,8 +1,5 @@
 """Instructions and their answers: causal language modelling, without a loss on the prompt."""
 
-from collections.abc import Iterable
-
-import pandas
 from pydantic import Field
 
 from fedlm.data.hub import HubTask
@@ -36,19 +33,25 @@ class AlpacaGpt4(HubTask):
 
     def rows(self) -> Corpus:
         rows, _ = self.read()
-        rows["prompt"] = _prompts(rows["instruction"], rows["input"])
-        return Corpus(rows)
+        inputs = rows["input"] if "input" in rows else [""] * len(rows)
+        rows["prompt"] = [
+            _prompt(instruction, given)
+            for instruction, given in zip(rows["instruction"], inputs, strict=True)
+        ]
+        if "group" not in rows:
+            return Corpus(rows)
+        names = sorted(rows["group"].unique())
+        rows["group"] = rows["group"].map({name: number for number, name in enumerate(names)})
+        return Corpus(rows, group_names=names)
 
 
-class Dolly(HubTask):
+class Dolly(AlpacaGpt4):
     """15,011 instructions written and answered by people, in eight categories, which are its populations."""
 
     name = "dolly"
     title = "Dolly"
     reference = "Conover et al. 2023, Databricks; hub databricks/databricks-dolly-15k"
-    kind = "causal"
     has_groups = True
-    splits = {"train": "train"}
     columns = {"instruction": "instruction", "input": "context", "target": "response", "group": "category"}
 
     class Config(AlpacaGpt4.Config):
@@ -56,41 +59,18 @@ class Dolly(HubTask):
             "databricks/databricks-dolly-15k", min_length=1, description="hub id, or a local folder"
         )
 
-    def rows(self) -> Corpus:
-        rows, _ = self.read()
-        rows["prompt"] = _prompts(rows["instruction"], rows["input"])
-        return _grouped(rows)
 
-
-class Aya(HubTask):
+class Aya(AlpacaGpt4):
     """204,112 instructions and answers in 65 languages; the people who wrote them are its populations."""
 
     name = "aya"
     title = "Aya"
     reference = "Singh et al. 2024, arXiv:2402.06619; hub CohereLabs/aya_dataset"
-    kind = "causal"
     has_groups = True
-    splits = {"train": "train"}
     columns = {"instruction": "inputs", "target": "targets", "group": "user_id"}
 
     class Config(AlpacaGpt4.Config):
         source: str = Field("CohereLabs/aya_dataset", min_length=1, description="hub id, or a local folder")
-
-    def rows(self) -> Corpus:
-        rows, _ = self.read()
-        rows["prompt"] = _prompts(rows["instruction"], [""] * len(rows))
-        return _grouped(rows)
-
-
-def _grouped(rows: pandas.DataFrame) -> Corpus:
-    """Return rows whose populations have names as a corpus in which they have numbers."""
-    names = sorted(rows["group"].unique())
-    rows["group"] = rows["group"].map({name: number for number, name in enumerate(names)})
-    return Corpus(rows, group_names=names)
-
-
-def _prompts(instructions: Iterable[str], inputs: Iterable[str]) -> list[str]:
-    return [_prompt(instruction, given) for instruction, given in zip(instructions, inputs, strict=True)]
 
 
 def _prompt(instruction: str, given: str) -> str:

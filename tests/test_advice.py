@@ -9,6 +9,7 @@ import pytest
 from fedlm import __main__ as program
 from fedlm.base.errors import UserError
 from fedlm.costs import advice, cases
+from fedlm.costs.tables import typed
 from fedlm.federation.settings import Federation
 from fedlm.results.devices import Turn, read_devices
 
@@ -92,7 +93,7 @@ def test_the_advice_is_made_of_predicted_costs(tmp_path):
     assert whole["round_seconds"] == pytest.approx(whole["turn_seconds(rtx_4090)"])
     to = f"To {advice.TARGET:.0%}"
     assert table.cells[to].tolist()[2] == "not known" and table.cells[to].tolist()[1].endswith("to never")
-    assert "32 of 32 clients" in advice.terminal(table)
+    assert "32 of 32 clients" in typed(table.cells, table.notes)
 
 
 @pytest.mark.slow

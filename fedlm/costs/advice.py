@@ -1,23 +1,22 @@
 """Which method suits given devices and links: what fits, and how long turns and rounds take."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import pandas
-from tabulate import tabulate
 
 from fedlm.base.errors import UserError
 from fedlm.base.randomness import numpy_stream
 from fedlm.costs.cases import Case
 from fedlm.costs.prediction import Costs
 from fedlm.costs.tables import duration
+from fedlm.results.cost_to_target import TARGETS
 from fedlm.results.devices import Device, Devices, Link, Turn, round_seconds, turn_seconds, waiting_seconds
-from fedlm.results.typeset import WIDTH, Table, significant
+from fedlm.results.typeset import Table, significant
 
-TARGET = 0.97  # of the centralised score
+TARGET = TARGETS[-1]  # of the centralised score
 
 
 class Fleet(NamedTuple):
@@ -231,14 +230,3 @@ def _notes(
             "the seconds of a round here."
         )
     return notes
-
-
-def terminal(table: Table) -> str:
-    """Return the advice for a terminal."""
-    cells = table.cells.copy()
-    cells["Model"] = cells["Model"].where(cells["Model"] != cells["Model"].shift(), "")
-    align = ["left", "left"] + ["right"] * (len(cells.columns) - 2)
-    body = tabulate(
-        cells, list(cells.columns), "simple", colalign=align, showindex=False, disable_numparse=True
-    )
-    return "\n".join([body, "", *(textwrap.fill(note, WIDTH) for note in table.notes)])

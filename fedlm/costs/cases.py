@@ -287,14 +287,21 @@ def requests(cases: Sequence[Case], costs: Sequence[Costs | UserError]) -> dict[
     """Return what the jobs of a study need, by "task/method", in bytes."""
     return {
         f"{case.task}/{case.method}": {
-            "peak_memory_bytes": found.peak.peak,
-            "parameter_bytes": found.peak.parameter,
-            "exchanged_bytes": found.exchanged_bytes,
-            "server_bytes": found.server_bytes,
+            **needs_of(found),
             "kept_bytes": round(found.kept_bytes * case.participants),
         }
         for case, found in zip(cases, costs, strict=True)
         if isinstance(found, Costs)
+    }
+
+
+def needs_of(found: Costs) -> dict[str, int]:
+    """Return what decides the memory that a job requests, in bytes (`jobs.requests.request_mb`)."""
+    return {
+        "peak_memory_bytes": found.peak.peak,
+        "parameter_bytes": found.peak.parameter,
+        "exchanged_bytes": found.exchanged_bytes,
+        "server_bytes": found.server_bytes,
     }
 
 

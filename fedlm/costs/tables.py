@@ -279,11 +279,16 @@ def terminal(rows: pandas.DataFrame) -> str:
     shown = costs_table(rows)
     columns = [name for name in shown.cells.columns if "a run" not in name]
     cells = shown.cells[columns].copy()
-    cells["Model"] = cells["Model"].where(cells["Model"] != cells["Model"].shift(), "")
     cells.columns = [column.replace(" (", "\n(").replace(" a turn", "\na turn") for column in columns]
-    align = ["left", "left"] + ["right"] * (len(columns) - 2)
+    return typed(cells, [note.replace(" Bold: smallest value of each model.", "") for note in shown.notes])
+
+
+def typed(cells: pandas.DataFrame, notes: Sequence[str]) -> str:
+    """Return cells that begin with the columns Model and Method, and notes below them, for a terminal."""
+    cells = cells.copy()
+    cells["Model"] = cells["Model"].where(cells["Model"] != cells["Model"].shift(), "")
+    align = ["left", "left"] + ["right"] * (len(cells.columns) - 2)
     body = tabulate(
         cells, list(cells.columns), "simple", colalign=align, showindex=False, disable_numparse=True
     )
-    notes = [note.replace(" Bold: smallest value of each model.", "") for note in shown.notes]
     return "\n".join([body, "", *(textwrap.fill(note, WIDTH) for note in notes)])

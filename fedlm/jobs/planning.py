@@ -17,7 +17,7 @@ import numpy
 from tabulate import tabulate
 
 from fedlm.base.errors import UserError
-from fedlm.costs.cases import cost, of_study
+from fedlm.costs.cases import cost, needs_of, of_study
 from fedlm.costs.prediction import LEAST_POSITIONS, Costs, predict
 from fedlm.costs.tables import duration
 from fedlm.jobs.folders import Folders
@@ -146,12 +146,6 @@ def plan(
             continue
         config = study.run(*runs[0])
         costs, times = measured.costs, config.federation.rounds / measured.rounds
-        needs = {
-            "peak_memory_bytes": costs.peak.peak,
-            "parameter_bytes": costs.peak.parameter,
-            "exchanged_bytes": costs.exchanged_bytes,
-            "server_bytes": costs.server_bytes,
-        }
         pieces.append(
             Piece(
                 task=task,
@@ -166,7 +160,7 @@ def plan(
                 upload_bytes=costs.upload_bytes * times,
                 download_bytes=costs.download_bytes * times,
                 memory_bytes=costs.peak.peak,
-                request_mb=request_mb(needs, bool(study.pipeline.gpus)),
+                request_mb=request_mb(needs_of(costs), bool(study.pipeline.gpus)),
                 kept_bytes=costs.kept_bytes,
                 checkpoint_bytes=2 * (costs.exchanged_bytes + costs.server_bytes),
             )

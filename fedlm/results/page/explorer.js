@@ -7,6 +7,7 @@ const $ = (id) => document.getElementById(id);
 const tables = Object.fromEntries(
   ["cells", "curves", "ranking", "memory", "clients", "target", "runs"].map((name) => [name, unpack(page[name])]),
 );
+const order = new Map(page.methods.map((method, place) => [method.method, place]));
 const all = { task: "all tasks", partition: "all partitions" };
 const first = {
   task: "", partition: "", hide: [], x: "upload_bytes", y: "score", along: "round",
@@ -54,14 +55,12 @@ function ranking() {
 }
 
 function memory() {
-  const order = new Map(page.methods.map((method, place) => [method.method, place]));
   return groups(tables.memory.filter(shown), (row) => JSON.stringify([row.task, row.method, row.kind])).map((rows) => ({
     ...rows[0], bytes: mean(rows, "bytes"), place: order.get(rows[0].method),
   }));
 }
 
 function target() {
-  const order = new Map(page.methods.map((method, place) => [method.method, place]));
   return tables.target
     .filter((row) => shown(row) && String(row.target) === state.share)
     .map((row) => ({ ...row, amount: row[state.spent], place: order.get(row.method) }));
