@@ -53,6 +53,7 @@ class Federation(Rounds):
         self.split, self.log, self.data = split, log, data
         broadcast = payload.size(dict(model.named_parameters()), method.config.payload)
         device = _device(training.device)
+        method.label_names = data.label_names
         prepared = method.prepare(model, data.kind)
         if positions and method.virtual_tokens():
             self.data = data.cap_length(positions - method.virtual_tokens())
@@ -118,7 +119,8 @@ class Federation(Rounds):
         self.load({name: values[name] for name in self.method.exchanged})
         batch_size = self.training.scoring_batch_size
         autocast = self.training.autocast and getattr(torch, self.training.autocast)
-        return score(self.model, self.data, indices, batch_size, self.device, autocast)
+        with self.method.answering(self.model, self.server):
+            return score(self.model, self.data, indices, batch_size, self.device, autocast)
 
     def _close(self, round: int, clients: list[int], flops: int, queries: int) -> None:
         """Score the server's model, record the round, log a line."""

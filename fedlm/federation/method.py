@@ -6,7 +6,8 @@ is FedAvg (McMahan et al. 2017, algorithm 1), so a method's file shows only what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -68,6 +69,7 @@ class Method:
     search: Search = {"training.learning_rate": LogRange(1e-5, 1e-3)}
     server_optimizer: ServerOptimizer = Averaging()
 
+    label_names: Sequence[str] = ()  # the words for the classes; none in a prediction, and without classes
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
     shapes: dict[str, tuple[int, ...]]  # of all parameters of the adapted model, set by `prepare`
     training: Training  # how clients train, set when the rounds begin
@@ -177,6 +179,13 @@ class Method:
         What is in `server.kept`, yielded as it is, is scored only once between two of its changes.
         """
         yield server.tensors
+
+    def answering(self, model: Module, server: Server) -> AbstractContextManager[None]:
+        """Return a context in which the model answers as it does at test time: by default as in training.
+
+        Within it, `model` holds the values that are scored.
+        """
+        return nullcontext()
 
     def extra(self, server: Server) -> dict[str, float]:
         """Return numbers of the method's own for the record of a run, by name."""

@@ -114,6 +114,11 @@ class Turn:
         """Number of optimizer steps of the turn."""
         return len(self._plan)
 
+    @property
+    def examples(self) -> int:
+        """Number of examples in the turn's steps, repeated ones included."""
+        return sum(len(indices) for step in self._plan for indices in step)
+
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the current values of parameters, in float32 where the client trained a float32 copy.
 
