@@ -78,10 +78,12 @@ def case_of(
 ) -> Case:
     """Return the case of one method with its default settings on one model.
 
-    The batch is by default 64 texts of 128 tokens for encoders and 1 of 512 for decoders. `loading` are
+    The kind of task is by default the model's natural one, or the method's first where it does not serve
+    that. The batch is by default 64 texts of 128 tokens for encoders and 1 of 512 for decoders. `loading` are
     settings of the model besides its source.
 
-    Raises UserError for a method or model that does not exist, or a length beyond the model's positions.
+    Raises UserError for a method or model that does not exist, a kind that the method does not serve, or a
+    length beyond the model's positions.
     """
     methods = discover_methods()
     if method not in methods:
@@ -89,8 +91,11 @@ def case_of(
     if kind is not None and kind not in KINDS_OF_TASK:
         raise UserError(f"--kind: {kind!r}; allowed: {', '.join(KINDS_OF_TASK)}")
     config = ModelConfig(source=model, **(loading or {}))
-    chosen = cast(Kind, kind) if kind else natural_kind(config)
-    encodes = natural_kind(config) == "classification"
+    natural, served = natural_kind(config), methods[method].kinds
+    if kind is not None and kind not in served:
+        raise UserError(f"--kind: {kind!r}; allowed with method {method}: {', '.join(served)}")
+    chosen = cast(Kind, kind or (natural if natural in served else served[0]))
+    encodes = natural == "classification"
     positions = max_positions(config)
     length = length or min(128 if encodes else 512, positions or 512)
     if positions is not None and length > positions:

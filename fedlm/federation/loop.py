@@ -147,7 +147,7 @@ class Federation(Rounds):
         )
         scored = f"{self.data.metric} {validation[self.data.metric]:.4f}" if validation else "not scored"
         loss = self.rounds[-1]["train_loss"]
-        loss = f"loss {loss:.4f}" if loss is not None else "no client answered"
+        loss = f"loss {loss:.4f}" if loss is not None else "no client trained"
         self.log(f"round {round}/{self.settings.rounds}: {loss}, validation {scored}")
 
     def _observe(self, examples: int) -> dict[str, pruning.Inputs]:

@@ -164,7 +164,8 @@ class Rounds:
             self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
         self.flops += turn.flops
         self.queries += turn.queries
-        self.losses.append((turn.loss, len(self.parts[client])))
+        if turn.flops:  # a turn may have nothing to do
+            self.losses.append((turn.loss, len(self.parts[client])))
         with self._timed("upload"):
             outgoing = self._outgoing(turn)
             message = payload.encode(outgoing.sent, self.method.config.payload)
