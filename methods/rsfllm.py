@@ -145,7 +145,7 @@ class RSFLLM(Method):
         return {"client_parameters": float(sum(server.tensors[name].numel() for name in self.at_client))}
 
     def _joined(self, upload: Upload) -> Upload:
-        """Return an upload with its weight, and with this client's copy of the server's part, if it has one."""
+        """Return an upload with its weight and, in v1, with this client's copy of the server's part."""
         if self.config.weights == "uniform":
             upload = upload._replace(examples=1)
         if self.config.variant == "v1":

@@ -94,6 +94,6 @@ class Crossing(torch.autograd.Function):
 
 
 def upward(activation: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Return what the server's part of a split model needs for a pass: the activation, the mask, the labels."""
+    """Return what a pass sends to the server's part of a split model: activation, mask and labels."""
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "token_type_ids")}
     return {"activation": activation, **rest, "attention_mask": batch["attention_mask"].bool()}
