@@ -7,7 +7,7 @@ docs/methods/rsfllm.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -85,8 +85,9 @@ class RSFLLM(Method):
             raise UserError(
                 f"blocks: {self.config.blocks}; allowed: 0, since blocks of this model share parameters"
             )
-        output = model.get_output_embeddings()
-        if output is not None and output.weight is model.get_input_embeddings().weight:
+        inner: Any = model
+        output = inner.get_output_embeddings()
+        if output is not None and output.weight is inner.get_input_embeddings().weight:
             # Client and server each need it, and train their own.
             output.weight = torch.nn.Parameter(output.weight.detach().clone())
         names = [name for block in self.anatomy.blocks[: self.config.blocks] for name in block.parameters]

@@ -166,7 +166,8 @@ class _RecordedTurn(Turn):
             batch = self._make_batch(indices)
             self._work.passes(_Instance(self, segment, [indices]), batch, backward)
             if self._exchanges:
-                shape = (*batch["input_ids"].shape, self.model.config.hidden_size)
+                model: Any = self.model
+                shape = (*batch["input_ids"].shape, model.config.hidden_size)
                 activation = torch.empty(shape, device="meta")
                 self.exchanged["up"] += payload.size(upward(activation, batch), self.precision)
                 self.exchanged["down"] += backward * payload.size({"gradient": activation}, self.precision)
