@@ -16,6 +16,7 @@ import worlds
 from fedlm.exchange import payload
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.method import Method
+from fedlm.federation.turn import Turn
 from fedlm.study.plugins import discover_methods, method_in
 
 pytestmark = pytest.mark.slow
@@ -37,6 +38,10 @@ SETTINGS = {
     "scaffold": [{"weights": "examples"}],
     "rtd": [{"store": "class_sums"}, {"heads": 4, "weight": 0.5, "neighbours": 3}],
     "slora": [{"sparse_rounds": 1}, {"sparse_rounds": 1, "mask": "own", "split": "even"}],
+    "rsfllm": [
+        {"variant": "v2", "blocks": 1, "noise_at": "both", "noisy_gradients": True},
+        {"snr": None, "payload": "bfloat16", "weights": "examples"},
+    ],
     "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
@@ -130,7 +135,7 @@ def watched(case, place) -> Watched:
     torch.rand(7)  # what happened before on the global generator must not matter
     run = worlds.federation(method, place, **settings)
     found = Watched(run, [], {})
-    encode, send = payload.encode, run.link.send
+    encode, send, probe = payload.encode, run.link.send, Turn.probe
 
     def recorded(tensors, precision="float32"):
         message = encode(tensors, precision)
@@ -142,9 +147,15 @@ def watched(case, place) -> Watched:
         found.states.setdefault((round, cohort), []).append(encode(run.server.tensors).sha256())
         return send(client, round)
 
+    def unseen(*arguments):
+        before = len(found.sent)
+        probe(*arguments)
+        del found.sent[before:]  # a probe's messages go nowhere
+
     run.link.send = noted
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(payload, "encode", recorded)
+        patch.setattr(Turn, "probe", unseen)
         run.run()
     return found
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from fedlm.data.task import Kind
 from fedlm.exchange import payload
 from fedlm.federation.method import Method
 from fedlm.federation.optimizer import Correction, state_of
-from fedlm.federation.passes import Batch, Pass, Step, Term
+from fedlm.federation.passes import Batch, Channel, Pass, Step, Term, upward
 from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
@@ -128,6 +129,7 @@ class _RecordedTurn(Turn):
         super().__init__(**arguments)
         self._work = work
         self._kept_before = dict(self.kept)
+        self._exchanges = False
 
     def probe(self, segments: Sequence[Segment], train: Callable[[Turn], None]) -> None:
         for segment in segments:
@@ -151,9 +153,24 @@ class _RecordedTurn(Turn):
             self.queries += len(step)
         return 0.0
 
+    @contextmanager
+    def exchange(self, module: str, channel: Channel | None = None) -> Iterator[None]:
+        self._exchanges = True
+        try:
+            yield
+        finally:
+            self._exchanges = False
+
     def _record(self, segment: Segment, step: Step, backward: bool = True) -> None:
         for indices in step:
-            self._work.passes(_Instance(self, segment, [indices]), self._make_batch, backward)
+            batch = self._make_batch(indices)
+            self._work.passes(_Instance(self, segment, [indices]), batch, backward)
+            if self._exchanges:
+                model: Any = self.model
+                shape = (*batch["input_ids"].shape, model.config.hidden_size)
+                activation = torch.empty(shape, device="meta")
+                self.exchanged["up"] += payload.size(upward(activation, batch), self.precision)
+                self.exchanged["down"] += backward * payload.size({"gradient": activation}, self.precision)
 
     def again(self) -> Turn:
         """Return a turn that can do the recorded work, on tensors of the current mode."""
@@ -176,11 +193,8 @@ class _Recorded:
         if tokens > self.largest.get(work, (0,))[0]:
             self.largest[work] = tokens, instance
 
-    def passes(
-        self, instance: _Instance, make_batch: Callable[[numpy.ndarray], Batch], backward: bool
-    ) -> None:
+    def passes(self, instance: _Instance, batch: Batch, backward: bool) -> None:
         """Record a pass over one batch."""
-        batch = make_batch(instance.step[0])
         shapes = (backward, *((name, tuple(value.shape)) for name, value in batch.items()))
         work = _Work(tuple(instance.segment.trainable), self.instruments.dropped, shapes)
         self.count[work] += 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 
+from fedlm.exchange.declared import Way
 from fedlm.federation.scoring import losses
 from fedlm.federation.settings import Training
 
@@ -16,6 +18,8 @@ Batch = dict[str, Tensor]
 Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
 Term = Callable[[dict[str, Tensor]], Tensor]
 """A term of the loss: takes the trained parameters by name, returns a scalar with its gradient."""
+Channel = Callable[[Way, Tensor, int], Tensor]
+"""A link: takes a direction, what was sent and the number of the pass, returns what arrives."""
 
 
 class Pass:
@@ -71,3 +75,25 @@ def targets(batch: Batch) -> int:
     if labels.is_meta or isinstance(labels, FakeTensor):
         return 1
     return max(1, int((labels[:, 1:] != -100).sum()))
+
+
+class Crossing(torch.autograd.Function):
+    """The place where activations leave the client, and their gradients come back.
+
+    `send(way, tensor)` is called with each, and returns what arrives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, send: Callable[[Way, Tensor], Tensor]) -> Tensor:
+        ctx.send = send
+        return send("up", activation)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.send("down", gradients[0]), None
+
+
+def upward(activation: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return what a pass sends to the server's part of a split model: activation, mask and labels."""
+    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "token_type_ids")}
+    return {"activation": activation, **rest, "attention_mask": batch["attention_mask"].bool()}

@@ -164,6 +164,7 @@ class Rounds:
             self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
         self.flops += turn.flops
         self.queries += turn.queries
+        self.ledger.exchanged(client, turn.exchanged["down"], turn.exchanged["up"])
         if turn.flops:  # a turn may have nothing to do
             self.losses.append((turn.loss, len(self.parts[client])))
         with self._timed("upload"):
@@ -194,6 +195,7 @@ class Rounds:
             received=received,
             kept=dict(self.server.kept.get(client, {})),
             moments=self.method.config.moments,
+            precision=self.method.config.payload,
         )
 
     def load(self, values: dict[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from fedlm.base.randomness import numpy_stream
+from fedlm.exchange import payload
+from fedlm.exchange.declared import Way
 from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
-from fedlm.federation.passes import Batch, Pass, Step, Term, targets
+from fedlm.federation.passes import Batch, Channel, Crossing, Pass, Step, Term, targets, upward
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
 from fedlm.measure.instruments import Instruments
@@ -58,7 +61,8 @@ class Turn:
     working copy; `received` the values it started from, which must not be written to; `kept` what the client
     keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `total_rate` the sum of
     the learning rates of the steps so far; `queries` the number of passes that only evaluated (see
-    `evaluate`); `results` what `train` leaves for `upload`.
+    `evaluate`); `results` what `train` leaves for `upload`; `exchanged` the bytes of the messages within the
+    turn, by direction (see `exchange`).
     """
 
     def __init__(
@@ -74,22 +78,27 @@ class Turn:
         received: dict[str, Tensor] | None = None,
         kept: dict[str, Tensor] | None = None,
         moments: str = "reset",
+        precision: str = "float32",
     ) -> None:
         self.model = model
         self.settings = settings
         self.client, self.round, self.rounds = client, round, rounds
         self.received = received or {}
         self.kept = {} if kept is None else kept
-        self.moments = moments
+        self.moments, self.precision = moments, precision
         self.loss = 0.0
         self.flops = 0
         self.queries = 0
         self.total_rate = 0.0
         self.results: dict[str, Tensor] = {}
+        self.exchanged: dict[Way, int] = {"down": 0, "up": 0}
         self._plan = plan
         self._make_batch = make_batch
         self._instruments = instruments
         self._done = 0
+        self._passes = 0
+        self._batch: Batch = {}
+        self._crossed: dict[Way, int] = {}  # in each direction, the last pass whose message was counted
         self._values: dict[str, Tensor] = {}
         self._parameters = dict(model.named_parameters())
 
@@ -107,6 +116,7 @@ class Turn:
             "received": self.received,
             "kept": self.kept,
             "moments": self.moments,
+            "precision": self.precision,
         }
 
     @property
@@ -187,6 +197,29 @@ class Turn:
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss}")
         return loss
+
+    @contextmanager
+    def exchange(self, module: str, channel: Channel | None = None) -> Iterator[None]:
+        """Meanwhile, let each pass send the input of a module up, and its gradient down.
+
+        `module` is the path of the first module whose work is the server's. Its first argument, (rows,
+        tokens, hidden), crosses with the batch's labels and mask; in a backward pass its gradient comes back.
+        Both arrive in the payload's precision; the lengths of the encoded messages are in `exchanged`.
+        `channel` may change what arrives. Where checkpointing computes a pass again, it is asked for the same
+        once more, by the same number of the pass; the message counts once.
+        """
+
+        def send(way: Way, value: Tensor) -> Tensor:
+            return self._send(way, value, channel)
+
+        def cross(server: Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return Crossing.apply(arguments[0], send), *arguments[1:]
+
+        hook = self.model.get_submodule(module).register_forward_pre_hook(cross)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def each_step(self) -> Iterable[int]:
         """Return the numbers of the turn's steps, for a method that trains without `fit`; in a probe, one."""
@@ -291,7 +324,18 @@ class Turn:
         batches = [self._make_batch(indices) for indices in step]
         counts = [targets(batch) for batch in batches] if len(batches) > 1 else [1]
         for batch, count in zip(batches, counts, strict=True):
+            self._passes, self._batch = self._passes + 1, batch
             yield batch, count / max(1, sum(counts))
+
+    def _send(self, way: Way, value: Tensor, channel: Channel | None) -> Tensor:
+        """Send an activation or a gradient of the present pass; return what arrives."""
+        sent = upward(value, self._batch) if way == "up" else {"gradient": value}
+        message = payload.encode(sent, self.precision)
+        if self._crossed.get(way) != self._passes:
+            self._crossed[way] = self._passes
+            self.exchanged[way] += len(message)
+        arrived = message.parts["activation" if way == "up" else "gradient"].to(value.dtype)
+        return channel(way, arrived, self._passes) if channel else arrived
 
     def _pass(self, segment: Segment, work: Pass) -> Tensor:
         loss, flops = self._instruments.count(segment.trainable, work.batch, work, work.backward)

@@ -31,10 +31,17 @@ class Ledger:
         self.round[client][1] += size
 
     def close_round(self) -> list[list[int]]:
-        """Return the round's payloads as rows [client, bytes down, bytes up] and begin a new round."""
+        """Return the round's bytes as rows [client, bytes down, bytes up] and begin a new round."""
         rows = [[client, *sizes] for client, sizes in sorted(self.round.items())]
         self.round.clear()
         return rows
+
+    def exchanged(self, client: int, down: int, up: int) -> None:
+        """Record the messages within a client's turn, which do not count as payloads of their own."""
+        self.download += down
+        self.upload += up
+        self.round[client][0] += down
+        self.round[client][1] += up
 
     @property
     def broadcast(self) -> int:
