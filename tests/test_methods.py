@@ -34,6 +34,7 @@ SETTINGS = {
     "fedmezo": [{"variant": "ffa"}],
     "fedprox": [{"mu": 1.0}],
     "scaffold": [{"weights": "examples"}],
+    "sherl": [{"form": "plain", "gate": "open", "reduction": 2}, {"late": 2}, {"layers": [0]}],
     "slora": [{"sparse_rounds": 1}, {"sparse_rounds": 1, "mask": "own", "split": "even"}],
     "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
