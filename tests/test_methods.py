@@ -37,6 +37,7 @@ SETTINGS = {
     "fedprox": [{"mu": 1.0}],
     "scaffold": [{"weights": "examples"}],
     "rtd": [{"store": "class_sums"}, {"heads": 4, "weight": 0.5, "neighbours": 3}],
+    "sherl": [{"form": "plain", "gate": "open", "reduction": 2}, {"late": 2}, {"layers": [0]}],
     "slora": [{"sparse_rounds": 1}, {"sparse_rounds": 1, "mask": "own", "split": "even"}],
     "rsfllm": [
         {"variant": "v2", "blocks": 1, "noise_at": "both", "noisy_gradients": True},
