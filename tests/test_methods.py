@@ -22,6 +22,7 @@ from fedlm.study.plugins import discover_methods, method_in
 pytestmark = pytest.mark.slow
 
 SETTINGS = {
+    "blockllm": [{"selection": "coordinates"}, {"sparsity": 0.5, "moments": "client"}],
     "fedcybgd": [
         {"order": "random"},
         {"clients_per_block": 2},
@@ -187,6 +188,8 @@ def test_what_is_trained_changes_and_nothing_else_does(case):
     ]
     claimed = {name for segment in segments for name in segment.trainable}
     assert claimed, "no client trains any parameter"
+    # What a segment only measures is not among what the client updates.
+    claimed &= {name for c in range(len(run.parts)) for r in (1, 2) for name in run.method.trainable(c, r)}
     foreign = claimed - set(run.method.exchanged)
     assert not foreign, f"trained, but frozen by `adapt`: {some(foreign)}"
     changed = {
@@ -225,8 +228,9 @@ def uploads(method, place, settings, **changes) -> list[tuple[set[str], dict, di
         trained = {name for segment in segments for name in segment.trainable}
         values = {name: value.clone() for name, value in turn.values(sorted(trained)).items()}
         sent = upload(turn)
-        parts = payload.encode(sent).parts  # a value's own name, or its reduced form's parts
-        found.append((trained, values, {name: value.detach().clone() for name, value in parts.items()}))
+        known = {name: turn.received[name] for name in payload.changed(sent)}
+        arrived = payload.decode(payload.encode(sent), run.link.expected("up"), own=True, known=known)
+        found.append((trained, values, arrived))
         return sent
 
     run.method.upload = noted

@@ -73,12 +73,14 @@ class Method:
     anatomy: Anatomy  # blocks, embeddings, head of the model, set by `prepare`
     shapes: dict[str, tuple[int, ...]]  # of all parameters of the adapted model, set by `prepare`
     training: Training  # how clients train, set when the rounds begin
+    kept: Mapping[int, Mapping[str, Tensor]]  # what each client keeps after its last turn, by client
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`
 
     def __init__(self, config: MethodConfig, clients: int, seed: int) -> None:
         self.config = config
         self.clients = clients
         self.seed = seed
+        self.kept = {}
 
     def check(self, facts: Facts) -> None:
         """Raise UserError, before any job starts, if the settings do not fit the model."""

@@ -72,6 +72,7 @@ class Rounds:
         self.device = next(iter(self.parameters.values())).device
         optimizer = federation.server_optimizer or method.server_optimizer
         self.server = Server(dict(initial), initial, optimizer=optimizer)
+        method.kept = self.server.kept
         self.link = Link(method, self.server, model, seed, observe)
         self.ledger = Ledger(broadcast)
         self.instruments = Instruments()

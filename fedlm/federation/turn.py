@@ -59,10 +59,11 @@ class Turn:
 
     Attributes: `client`, `round` (from 1); `steps` is the number of optimizer steps; `model` is the client's
     working copy; `received` the values it started from, which must not be written to; `kept` what the client
-    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `total_rate` the sum of
-    the learning rates of the steps so far; `queries` the number of passes that only evaluated (see
-    `evaluate`); `results` what `train` leaves for `upload`; `exchanged` the bytes of the messages within the
-    turn, by direction (see `exchange`).
+    keeps for its next turn (see `keep`); `loss` the mean loss over the turn's steps; `losses` that of each
+    step that `fit` has made, as () float32, where it makes them all; `total_rate` the sum of the learning
+    rates of the steps so far; `queries` the number of passes that only evaluated (see `evaluate`); `results`
+    what `train` leaves for `upload`; `exchanged` the bytes of the messages within the turn, by direction (see
+    `exchange`).
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Turn:
         self.kept = {} if kept is None else kept
         self.moments, self.precision = moments, precision
         self.loss = 0.0
+        self.losses: list[Tensor] = []
         self.flops = 0
         self.queries = 0
         self.total_rate = 0.0
@@ -169,7 +171,8 @@ class Turn:
         total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
         self.model.train()
         for step in plan:
-            total += self._step(step, optimizer, segment, term, correct)
+            self.losses.append(self._step(step, optimizer, segment, term, correct))
+            total += self.losses[-1]
             self._done += 1
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
