@@ -178,6 +178,13 @@ class Method:
         """
         yield server.tensors
 
+    def further(self, server: Server) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return further models, by name, as values of the exchanged parameters.
+
+        Their scores on the test split are in the record of a run, beside what `extra` returns.
+        """
+        return {}
+
     def extra(self, server: Server) -> dict[str, float]:
         """Return numbers of the method's own for the record of a run, by name."""
         return {}
