@@ -32,7 +32,7 @@ class FedPepTAO(FedPrompt):
     In the first round clients only score the layers, on one batch each; the server chooses those of the
     highest scores. From then on a client trains the prefixes of all layers, and only those of the chosen
     layers, and the head, cross the network. The server averages them and adds a step with momentum and
-    control variates, which it derives itself from what it received. The clients' own models are scored.
+    control variates, which it derives itself from what it received.
     """
 
     title = "FedPepTAO"
@@ -54,6 +54,10 @@ class FedPepTAO(FedPrompt):
         )
         server_rate: float = Field(0.05, ge=0, le=100, description="rate of the server's step; 0: plain mean")
         server_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the server's step")
+        scored: Literal["shared", "personal"] = Field(
+            "shared",
+            description="the server's model, or the clients' own; the others are scored at the end",
+        )
         moments: Literal["reset", "client"] = Field(
             "client", description="the optimizer's state: fresh in each turn, or kept by the client"
         )
@@ -99,7 +103,7 @@ class FedPepTAO(FedPrompt):
 
     def segments(self, client: int, round: int, steps: int) -> list[Segment]:
         if self._only_scores(round):
-            return [Segment("layer scores", self.exchanged, min(1, steps), forward_only=True)]
+            return [Segment("layer scores", [], min(1, steps), forward_only=True)]
         return super().segments(client, round, steps)
 
     def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
@@ -191,18 +195,11 @@ class FedPepTAO(FedPrompt):
         server.update(self.prefix, self._put(server.tensors[self.prefix], order[: self.count], mean))
 
     def models(self, server: Server) -> Iterable[Mapping[str, Tensor]]:
-        """Yield the model of each client that has trained: shared layers and its own."""
-        own = [kept for _, kept in sorted(server.kept.items()) if "personal" in kept]
-        for kept in own:
-            others = self._ranking(server)[self.count :]
-            prefix = self._put(server.tensors[self.prefix], others, kept["personal"])
-            yield {**server.tensors, self.prefix: prefix}
-        if not own:
-            yield server.tensors
+        return self._scorable(server)[self.config.scored]
 
-    def further(self, server: Server) -> dict[str, Mapping[str, Tensor]]:
-        """Return the shared model: its other layers have the prefixes that every client started from."""
-        return {"shared_score": server.tensors}
+    def further(self, server: Server) -> dict[str, Iterable[Mapping[str, Tensor]]]:
+        other = "personal" if self.config.scored == "shared" else "shared"
+        return {f"{other}_score": self._scorable(server)[other]}
 
     def extra(self, server: Server) -> dict[str, float]:
         """Return of each layer whether it was exchanged, as 1 or 0."""
@@ -210,6 +207,20 @@ class FedPepTAO(FedPrompt):
             return {}
         chosen = set(server.state["order"][: self.count].tolist())
         return {f"layer_{number}": float(number in chosen) for number in range(self.depth)}
+
+    def _scorable(self, server: Server) -> dict[str, Iterable[Mapping[str, Tensor]]]:
+        """Return the server's model, whose other layers nobody has trained, and those of the clients."""
+        return {"shared": [server.tensors], "personal": self._personal(server)}
+
+    def _personal(self, server: Server) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the model of each client that has trained; the server's where none has."""
+        own = [kept for _, kept in sorted(server.kept.items()) if "personal" in kept]
+        for kept in own:
+            others = self._ranking(server)[self.count :]
+            prefix = self._put(server.tensors[self.prefix], others, kept["personal"])
+            yield {**server.tensors, self.prefix: prefix}
+        if not own:
+            yield server.tensors
 
     def _only_scores(self, round: int) -> bool:
         return round == 1 and self.config.layers is None

@@ -115,11 +115,12 @@ class Federation(Rounds):
         return means
 
     def _score_further(self, indices: numpy.ndarray) -> dict[str, float]:
-        """Return the metric of each of the method's further models, by the model's name."""
+        """Return the mean metric of the models that the method has scored besides, by name."""
         found = {}
-        for name, values in self.method.further(self.server).items():
-            found[name] = self._score_model(values, indices)[self.data.metric]
-            self._require_finite(f"{name}, the {self.data.metric} of a further model,", found[name])
+        for name, models in self.method.further(self.server).items():
+            scores = [self._score_model(values, indices)[self.data.metric] for values in models]
+            found[name] = sum(scores) / len(scores)
+            self._require_finite(name, found[name])
         return found
 
     def _require_finite(self, what: str, value: float) -> None:

@@ -178,10 +178,10 @@ class Method:
         """
         yield server.tensors
 
-    def further(self, server: Server) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return further models, by name, as values of the exchanged parameters.
+    def further(self, server: Server) -> Mapping[str, Iterable[Mapping[str, Tensor]]]:
+        """Return models that are scored besides, by the name of their score.
 
-        Their scores on the test split are in the record of a run, beside what `extra` returns.
+        The mean of their scores on the test split is in the record of a run, beside what `extra` returns.
         """
         return {}
 
