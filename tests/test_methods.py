@@ -46,6 +46,7 @@ SETTINGS = {
     ],
     "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
+    "fedpeptao": [{"share": 1.0}, {"layers": [2, 0], "moments": "reset"}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
     "fedprompt": [{"form": f, "tokens": 4} for f in ("prefix", "prefix_projected", "p_tuning")],
 }
@@ -84,6 +85,7 @@ KINDS = [case for name in sorted(METHODS) for case in kinds_of(METHODS[name])]
 # What suits tiny models.
 TINY = {
     "fedbpt": {"dimensions": 6, "tokens": 4, "population": 3, "iterations": 2},
+    "fedpeptao": {"tokens": 4},
     "fedprompt": {"tokens": 4},
     "slora": {"density": 0.3},
 }

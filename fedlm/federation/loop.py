@@ -94,6 +94,7 @@ class Federation(Rounds):
                 if checkpoints:
                     checkpoints.round_ended(round, self._state)
             self.test = self._score(self.split.test) if test else None
+            self.further = self._score_further(self.split.test) if test else {}
 
     def _score(self, indices: numpy.ndarray) -> dict[str, float]:
         """Return the metrics of the server's model (the mean over models, where a method has several).
@@ -111,9 +112,21 @@ class Federation(Rounds):
         self._scored[split] = kept
         means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
         for name, value in means.items():
-            if not math.isfinite(value):
-                raise DivergedRun(f"method {self.method.name}: the {name} of the server's model is {value}")
+            self._require_finite(f"the {name} of the server's model", value)
         return means
+
+    def _score_further(self, indices: numpy.ndarray) -> dict[str, float]:
+        """Return the mean metric of the models that the method has scored besides, by name."""
+        found = {}
+        for name, models in self.method.further(self.server).items():
+            scores = [self._score_model(values, indices)[self.data.metric] for values in models]
+            found[name] = sum(scores) / len(scores)
+            self._require_finite(name, found[name])
+        return found
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergedRun(f"method {self.method.name}: {what} is {value}")
 
     def _score_model(self, values: Mapping[str, Tensor], indices: numpy.ndarray) -> dict[str, float]:
         self.load({name: values[name] for name in self.method.exchanged})

@@ -189,6 +189,13 @@ class Method:
         """
         return nullcontext()
 
+    def further(self, server: Server) -> Mapping[str, Iterable[Mapping[str, Tensor]]]:
+        """Return models that are scored besides, by the name of their score.
+
+        The mean of their scores on the test split is in the record of a run, beside what `extra` returns.
+        """
+        return {}
+
     def extra(self, server: Server) -> dict[str, float]:
         """Return numbers of the method's own for the record of a run, by name."""
         return {}

@@ -68,7 +68,7 @@ def build(
             **_origin(source, hashes),
             "payload_sha256": final.sha256(),
         },
-        "extra": federation.method.extra(federation.server),
+        "extra": {**federation.method.extra(federation.server), **federation.further},
     }
 
 
