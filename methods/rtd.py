@@ -92,7 +92,6 @@ class RTD(Method):
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
         self.width, self.classes = model.config.hidden_size, int(model.config.num_labels or 0)
         self.decoder = model.config.model_type not in ENCODERS
-        self._has_sent = False
         return model.requires_grad_(False)
 
     def messages(self) -> dict[str, Declared]:
@@ -103,11 +102,11 @@ class RTD(Method):
         return {"keys": keys, "classes": Declared((None,), "int32", ("up",))}
 
     def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
-        self._has_sent = client in _clients(server)
         return {}
 
     def segments(self, client: int, round: int, steps: int) -> list[Segment]:
-        return [] if self._has_sent else [Segment("queries", [], steps, forward_only=True)]
+        steps = 0 if SENT in self.kept.get(client, {}) else steps
+        return [Segment("queries", [], steps, forward_only=True)]
 
     def train(self, turn: Turn) -> None:
         import torch
@@ -150,12 +149,11 @@ class RTD(Method):
     def merge(self, server: Server, uploads: Iterable[Upload], round: int) -> None:
         import torch
 
-        state, clients = server.state, _clients(server)
+        state = server.state
         for upload in uploads:
             sent = {name: upload.tensors[name] for name in self.messages()}
             if not len(next(iter(sent.values()))):
                 continue
-            clients.add(upload.client)
             for name, value in sent.items():
                 if name not in state:
                     state[name] = value
@@ -163,7 +161,6 @@ class RTD(Method):
                     state[name] = torch.cat([state[name], value])
                 else:
                     state[name] = state[name] + value
-        state["clients"] = torch.tensor(sorted(clients), device="cpu")
 
     @contextmanager
     def answering(self, model: Module, server: Server) -> Iterator[None]:
@@ -197,7 +194,7 @@ class RTD(Method):
         import torch
 
         state, config = server.state, self.config
-        if len(state) < 2:
+        if not state:
             return None
         if config.store == "entries":
             keys, classes, neighbours = state["keys"], state["classes"].long(), config.neighbours
@@ -217,11 +214,6 @@ class RTD(Method):
         from fedlm.models.readout import at_token, mean_of_tokens
 
         return (at_token if self.decoder else mean_of_tokens)(hidden, mask).float()
-
-
-def _clients(server: Server) -> set[int]:
-    """Return the clients whose keys the server has."""
-    return set(server.state["clients"].tolist()) if "clients" in server.state else set()
 
 
 class Datastore(NamedTuple):
