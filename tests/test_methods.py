@@ -36,6 +36,10 @@ SETTINGS = {
     "scaffold": [{"weights": "examples"}],
     "slora": [{"sparse_rounds": 1}, {"sparse_rounds": 1, "mask": "own", "split": "even"}],
     "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],
+    "embracingfl": [
+        {"federation": {"budgets": [{"share": 0.4, "memory": "200 KB"}]}},
+        {"federation": {"budgets": [{"share": 0.4, "memory": "240 KB"}]}, "activations": "recomputed"},
+    ],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
     "fedprompt": [{"form": f, "tokens": 4} for f in ("prefix", "prefix_projected", "p_tuning")],
