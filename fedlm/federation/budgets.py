@@ -6,6 +6,7 @@ the same on every machine.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -34,10 +35,12 @@ def draw(budgets: Sequence[Budget], clients: int, seed: int) -> dict[int, Budget
     """Return which clients have a budget, and which; it depends on the seed only, not on the method."""
     order = numpy_stream(seed, "budgets").permutation(clients).tolist()
     drawn: dict[int, Budget] = {}
-    share = 0.0
+    first, share = 0, 0.0
     for budget in budgets:
-        first, share = round(share * clients), share + budget.share
-        drawn |= dict.fromkeys(order[first : round(share * clients)], budget)
+        share += budget.share
+        last = math.floor(share * clients + 0.5)
+        drawn |= dict.fromkeys(order[first:last], budget)
+        first = last
     return drawn
 
 

@@ -158,7 +158,7 @@ class Turn:
             return
         plan = self._plan[self._done : self._done + segment.steps]
         with self._without_frozen(segment):
-            self._store(segment, first_visits(plan))
+            self._store(segment)
             optimizer = self._optimizer(segment)
             total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
             self._train_mode(segment)
@@ -310,10 +310,11 @@ class Turn:
     def _fetch(self, name: str) -> Tensor:
         return self._apart[name].to(self._parameters[name].device, copy=True)
 
-    def _store(self, segment: Segment, passes: list[numpy.ndarray]) -> None:
-        """Compute what comes out of the segment's frozen parts for the examples of some passes."""
+    def _store(self, segment: Segment) -> None:
+        """Compute what comes out of the segment's frozen parts for all of its examples, if it is stored."""
         if not segment.stored:
             return
+        passes = self._visits(segment)
         self.model.eval()
         hidden: list[Tensor | None] = [None] * len(passes)
         for part, names in enumerate(segment.frozen):
@@ -326,6 +327,9 @@ class Turn:
             for index, windows in zip(indices, self._windows(indices, len(values)), strict=True):
                 self._hidden[int(index)] = values[begin : begin + windows]
                 begin += windows
+
+    def _visits(self, segment: Segment) -> list[numpy.ndarray]:
+        return first_visits(self._plan[self._done : self._done + segment.steps])
 
     def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
         """Return what comes out of a part for some examples, given what came out of the one before."""
@@ -416,16 +420,14 @@ class _ProbingTurn(Turn):
         super().__init__(**{**turn.arguments(), "kept": dict(turn.kept)})
         self.target, self.tracker, self.met = target, tracker, False
         self._apart = turn._apart
-        self._computed: numpy.ndarray | None = None
+        self._largest: numpy.ndarray | None = None
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
     def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if self._is_target(segment):
             self.met = True
             self.tracker.mark_live("method")
-            # Of what is stored, the largest batch is computed; of the others it has the size.
-            visits = first_visits(self._plan[self._done : self._done + segment.steps])
-            self._store(segment, sorted(visits, key=self._tokens, reverse=True))
+            self._store(segment)
             with self.tracker.paused():
                 optimizer = self._optimizer(segment)
                 optimizer.make_state()
@@ -463,9 +465,13 @@ class _ProbingTurn(Turn):
         self.tracker.mark([value], "parameter")
         return value
 
+    def _visits(self, segment: Segment) -> list[numpy.ndarray]:
+        return sorted(super()._visits(segment), key=self._tokens, reverse=True)
+
     def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
-        if self._computed is None or self._computed is indices:
-            self._computed = indices
+        # Only the largest batch is computed; of the others what is stored has the size.
+        if self._largest is None or self._largest is indices:
+            self._largest = indices
             self._like = super()._next(part, indices, hidden)
             return self._like
         if hidden is not None:
