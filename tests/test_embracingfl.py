@@ -1,5 +1,6 @@
 """EmbracingFL: consecutive layers at the output, by the clients' memory budgets (arXiv:2406.15125)."""
 
+import numpy
 import pytest
 import tiny
 import tiny_study
@@ -8,14 +9,17 @@ import worlds
 from pydantic import ValidationError
 
 from fedlm.base.errors import UserError
+from fedlm.costs import prediction
 from fedlm.exchange import payload
 from fedlm.federation import budgets
-from fedlm.federation.settings import Budget
+from fedlm.federation.passes import GivenBatches
+from fedlm.federation.settings import Budget, Training
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.models.config import ModelConfig
 from fedlm.models.loading import load as load_model
 from fedlm.models.parts import Parts
 from fedlm.study import check, reading
+from fedlm.study.plugins import discover_methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +58,26 @@ def test_a_weak_clients_peak_is_within_its_budget_and_one_layer_more_is_not(plac
     assert run.method.extra(run.server) == {"clients: all": 1, "clients: from layer 2": 2}
     larger = ran(place, {client: level and level - 1 for client, level in levels.items()})
     assert larger.instruments.memory["from layer 1"].peak > memory
+
+
+@pytest.mark.slow
+def test_a_prediction_without_data_finds_the_levels_too(place):
+    kind = discover_methods()["embracingfl"]
+    method = kind(kind.Config(), 4, 0)
+    found = prediction.predict(
+        method,
+        ModelConfig(source=str(worlds.folder("bert", str(place)))),
+        "classification",
+        2,
+        [numpy.arange(16)] * 4,
+        GivenBatches("classification", 24),
+        FederationConfig(clients=4, rounds=1, budgets=[{"share": 0.5, "memory": "160 KB"}]),
+        Training(batch_size=8),
+    )
+    weak = max(method.level.values())
+    assert sorted(method.level.values()) == [weak, weak] and weak > 1
+    assert found.memory["all"].peak > 160_000
+    assert all(one.peak <= 160_000 for label, one in found.memory.items() if label != "all")
 
 
 def test_what_is_stored_needs_no_memory_for_frozen_layers(place):

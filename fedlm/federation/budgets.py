@@ -172,8 +172,9 @@ class _Longest:
         size = getattr(make_batch, "size", len)
         tokens = [size(examples[index : index + 1]) for index in range(len(examples))]
         longest = examples[numpy.argsort(tokens, kind="stable")[-batch_size:]]
-        self.sample = {name: value.cpu() for name, value in make_batch(longest).items()}
-        rows, self.length = self.sample["input_ids"].shape
+        batch = make_batch(longest)
+        self.kinds = {name: (value.shape[1:], value.dtype) for name, value in batch.items()}
+        rows, self.length = batch["input_ids"].shape
         self.windows = -(-rows // len(longest))
 
     def size(self, indices: numpy.ndarray) -> int:
@@ -184,7 +185,4 @@ class _Longest:
         import torch
 
         rows = len(indices) * self.windows
-        return {
-            name: torch.ones((rows, *value.shape[1:]), dtype=value.dtype)
-            for name, value in self.sample.items()
-        }
+        return {name: torch.ones((rows, *shape), dtype=dtype) for name, (shape, dtype) in self.kinds.items()}
