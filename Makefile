@@ -1,4 +1,4 @@
-# make demo | make demo-llm | make costs | make check | make test | make lint      (each sets itself up)
+# make demo | make demo-llm | make systems | make costs | make check | make test | make lint      (each sets itself up)
 #
 #   make demo PYTHON=python3.12      with another Python, from 3.11 on
 #   make demo CORES=4                with so many processor cores; all of them if not given
@@ -8,11 +8,11 @@ CORES ?= all
 ENVIRONMENT := .venv
 RUN := $(ENVIRONMENT)/bin/python
 
-.PHONY: demo demo-llm costs check test lint setup
+.PHONY: demo demo-llm systems costs check test lint setup
 
 # The demos use nothing from a hub; without this a library might contact one anyway.
-demo demo-llm: export HF_HUB_OFFLINE = 1
-demo demo-llm: setup
+demo demo-llm systems: export HF_HUB_OFFLINE = 1
+demo demo-llm systems: setup
 	@$(RUN) -m snakemake --configfile config/$@.yaml --cores $(CORES)
 	@$(MAKE) --no-print-directory results/$@/report.html STUDY=$@
 	@$(RUN) -m fedlm tables --config config/$@.yaml --show

@@ -20,6 +20,7 @@ from fedlm import __main__ as program
 from fedlm.costs import cases, prediction
 from fedlm.data.prepared import Prepared
 from fedlm.federation.loop import Batches
+from fedlm.federation.passes import GivenBatches
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.measure import memory as measured_memory
@@ -147,7 +148,7 @@ def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp
             "classification",
             2,
             [numpy.arange(8)] * 9,
-            prediction.GivenBatches("classification", 32),
+            GivenBatches("classification", 32),
             FederationConfig(clients=9, rounds=2),
             Training(batch_size=8),
             positions,

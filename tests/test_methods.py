@@ -45,6 +45,10 @@ SETTINGS = {
         {"snr": None, "payload": "bfloat16", "weights": "examples"},
     ],
     "flasc": [{"download_density": 1.0, "upload_density": 0.4}, {"scored": "dense", "moments": "client"}],
+    "embracingfl": [
+        {"federation": {"budgets": [{"share": 0.4, "memory": "200 KB"}]}},
+        {"federation": {"budgets": [{"share": 0.4, "memory": "240 KB"}]}, "activations": "recomputed"},
+    ],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedpeptao": [{"share": 1.0}, {"layers": [2, 0], "moments": "reset"}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from fedlm.base.errors import UserError
 from fedlm.base.files import write_atomically
-from fedlm.costs.prediction import Costs, GivenBatches, predict
+from fedlm.costs.prediction import Costs, predict
 from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.passes import GivenBatches
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import Kind, ModelConfig

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -22,16 +23,17 @@ from fedlm.data.task import Kind
 from fedlm.exchange import payload
 from fedlm.federation.method import Method
 from fedlm.federation.optimizer import Correction, state_of
-from fedlm.federation.passes import Batch, Channel, Pass, Step, Term, upward
+from fedlm.federation.passes import Batch, Channel, PartPass, Pass, Step, Term, upward
 from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
-from fedlm.federation.turn import Turn
+from fedlm.federation.turn import Turn, first_visits
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import KINDS, Memory, older_objects_set_aside
 from fedlm.models.config import ModelConfig
 from fedlm.models.fake import fake_model
+from fedlm.models.parts import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,37 +77,6 @@ class Costs:
         return max(self.memory.values(), key=lambda memory: memory.peak)
 
 
-class GivenBatches:
-    """Batches of a given length; their content does not matter.
-
-    `length` counts tokens, `two_kinds` is whether the model distinguishes first and second sentences.
-    """
-
-    def __init__(self, kind: Kind, length: int, two_kinds: bool = False) -> None:
-        self.kind, self.length, self.two_kinds = kind, length, two_kinds
-
-    def size(self, indices: numpy.ndarray) -> int:
-        """Return the tokens of a batch."""
-        return len(indices) * self.length
-
-    def __call__(self, indices: numpy.ndarray) -> Batch:
-        examples = len(indices)
-
-        def whole(*shape: int) -> Tensor:
-            return torch.ones(shape, dtype=torch.long)
-
-        batch = {"input_ids": whole(examples, self.length), "attention_mask": whole(examples, self.length)}
-        if self.two_kinds:
-            batch["token_type_ids"] = whole(examples, self.length)
-        if self.kind == "causal":
-            batch["labels"] = whole(examples, self.length)
-        elif self.kind == "question_answering":
-            batch |= {"start_positions": whole(examples), "end_positions": whole(examples)}
-        else:
-            batch["labels"] = whole(examples) if self.kind == "classification" else torch.ones(examples)
-        return batch
-
-
 class _Work(NamedTuple):
     """Training of the same cost wherever it occurs: `what` is a batch's shapes, or a segment's label."""
 
@@ -140,7 +111,11 @@ class _RecordedTurn(Turn):
     def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if not segment.trainable or not segment.steps:
             return
-        for step in self._plan[self._done : self._done + segment.steps]:
+        plan = self._plan[self._done : self._done + segment.steps]
+        if segment.stored:
+            for indices in first_visits(plan):
+                self._record(segment, [indices], backward=False)
+        for step in plan:
             self._record(segment, step)
             self._done += 1
         if self.moments != "reset":
@@ -207,6 +182,7 @@ class _Rehearsal(Rounds):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.work = _Recorded(self.instruments)
+        self.in_parts = Parts(self.model)
         self.cohorts: list[int] = []  # the sizes of those of the current round
 
     def _merge(self, cohort: list[int], round: int) -> None:
@@ -239,10 +215,30 @@ class _Rehearsal(Rounds):
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in trained)
             batch = self.make_batch(instance.step[0])
-            work = Pass(self.model, batch, self.training, backward=backward)
-            found = self.instruments.flops_of(instance.segment.trainable, batch, work, backward)
+            segment, again = instance.segment, 0
+            begin: Callable[[], AbstractContextManager] = nullcontext
+            if segment.frozen:
+                hidden, flops = self._through_frozen(segment, batch)
+                if not backward:
+                    return flops
+                begin = partial(self.in_parts.behind, len(segment.frozen), hidden)
+                again = 0 if segment.stored else flops
+            work = Pass(self.model, batch, self.training, backward=backward, begin=begin)
+            found = self.instruments.flops_of(segment.trainable, batch, work, backward)
             self.model.zero_grad()
-        return found
+        return found + again
+
+    def _through_frozen(self, segment: Segment, batch: Batch) -> tuple[Tensor, int]:
+        """Return what comes out of a segment's frozen parts for a batch, and their FLOPs."""
+        last = len(segment.frozen) - 1
+        steps = [(part, part) for part in range(last + 1)] if segment.stored else [(0, last)]
+        hidden, total = None, 0
+        for first, then in steps:
+            work = PartPass(self.in_parts, first, then, batch, self.training, hidden)
+            hidden, flops = self.instruments.count([work.name], batch, work, False)
+            total += flops
+        assert hidden is not None
+        return hidden, total
 
     def kept_bytes(self) -> int:
         """Return the bytes of all that clients keep; a version that several clients have is stored once."""

@@ -75,12 +75,14 @@ class Method:
     training: Training  # how clients train, set when the rounds begin
     kept: Mapping[int, Mapping[str, Tensor]]  # what each client keeps after its last turn, by client
     exchanged: list[str]  # every parameter that some client trains in some round, set by `prepare`
+    level: dict[int, int]  # of a client's turn, 0 where nothing is said; set when the rounds begin
 
     def __init__(self, config: MethodConfig, clients: int, seed: int) -> None:
         self.config = config
         self.clients = clients
         self.seed = seed
         self.kept = {}
+        self.level = {}
 
     def check(self, facts: Facts) -> None:
         """Raise UserError, before any job starts, if the settings do not fit the model."""
@@ -91,6 +93,14 @@ class Method:
 
     def check_training(self, training: Training) -> None:
         """Raise UserError, before any job starts, if how clients train does not suit the method."""
+
+    def levels(self) -> int:
+        """Return in how many sizes a client's turn comes: level 0 takes the most memory, the last the least.
+
+        It is called after `prepare`. A method with more than one knows `federation.budgets`: the suite
+        measures the levels and sets `self.level` to the largest that fits each client's budget.
+        """
+        return 1
 
     def virtual_tokens(self) -> int:
         """Return how many of the model's positions the method itself uses."""

@@ -13,6 +13,8 @@ from torch.nn import Module
 from fedlm.exchange.declared import Way
 from fedlm.federation.scoring import losses
 from fedlm.federation.settings import Training
+from fedlm.models.config import Kind
+from fedlm.models.parts import Parts
 
 Batch = dict[str, Tensor]
 Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
@@ -26,7 +28,8 @@ class Pass:
     """A pass over one batch; called, it returns the loss times its share, detached, in float32.
 
     With `backward` the gradients are added to the existing ones. `term` is added to the batch's loss
-    before it is weighted, so that over the passes of one optimizer step it counts once.
+    before it is weighted, so that over the passes of one optimizer step it counts once. `begin` makes the
+    context of the pass: `Parts.behind` lets it begin with stored activations.
     """
 
     def __init__(
@@ -37,13 +40,14 @@ class Pass:
         share: float = 1.0,
         backward: bool = True,
         term: Callable[[], Tensor] | None = None,
+        begin: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.model, self.batch, self.settings, self.share = model, batch, settings, share
-        self.backward, self.term = backward, term
+        self.backward, self.term, self.begin = backward, term, begin
 
     def __call__(self) -> Tensor:
-        with nullcontext() if self.backward else torch.no_grad():
-            with self._precision():
+        with nullcontext() if self.backward else torch.no_grad(), self.begin():
+            with precision(self.batch, self.settings):
                 loss = self._loss()
             if self.term is not None:
                 loss = loss + self.term()
@@ -52,17 +56,75 @@ class Pass:
                 (loss * self.settings.loss_scale).backward()
         return loss.detach().float()
 
-    def _precision(self) -> AbstractContextManager:
-        autocast = self.settings.autocast
-        device = next(iter(self.batch.values())).device.type
-        return torch.autocast(device, getattr(torch, autocast)) if autocast else nullcontext()
-
     def _loss(self) -> Tensor:
         if "start_positions" not in self.batch:
             return self.model(**self.batch).loss
         # Transformers' own loss would not know that soft prompts shift the positions of the answer.
         inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
         return losses("question_answering", self.model(**inputs), self.batch).mean()
+
+
+class PartPass:
+    """A forward pass through parts of a model (see `Parts`), without gradients.
+
+    Called, it returns what comes out of part `last`; `hidden` (windows, length, width) goes into part
+    `first`, unless that is part 0.
+    """
+
+    backward = False
+
+    def __init__(
+        self, parts: Parts, first: int, last: int, batch: Batch, settings: Training, hidden: Tensor | None
+    ) -> None:
+        self.parts, self.first, self.last = parts, first, last
+        self.batch, self.settings, self.hidden = batch, settings, hidden
+
+    def __call__(self) -> Tensor:
+        inputs = {n: v for n, v in self.batch.items() if n != "labels" and not n.endswith("_positions")}
+        with torch.no_grad(), precision(self.batch, self.settings):
+            return self.parts.through(self.first, self.last, inputs, self.hidden)
+
+    @property
+    def name(self) -> str:
+        """What distinguishes its FLOPs from those of other passes over such a batch."""
+        return f"parts {self.first} to {self.last}"
+
+
+def precision(batch: Batch, settings: Training) -> AbstractContextManager:
+    """Return the context of a pass in the precision of the settings."""
+    device = next(iter(batch.values())).device.type
+    return torch.autocast(device, getattr(torch, settings.autocast)) if settings.autocast else nullcontext()
+
+
+class GivenBatches:
+    """Batches of a given length; their content does not matter.
+
+    `length` counts tokens, `two_kinds` is whether the model distinguishes first and second sentences.
+    """
+
+    def __init__(self, kind: Kind, length: int, two_kinds: bool = False) -> None:
+        self.kind, self.length, self.two_kinds = kind, length, two_kinds
+
+    def size(self, indices: numpy.ndarray) -> int:
+        """Return the tokens of a batch."""
+        return len(indices) * self.length
+
+    def __call__(self, indices: numpy.ndarray) -> Batch:
+        examples = len(indices)
+
+        def whole(*shape: int) -> Tensor:
+            return torch.ones(shape, dtype=torch.long)
+
+        batch = {"input_ids": whole(examples, self.length), "attention_mask": whole(examples, self.length)}
+        if self.two_kinds:
+            batch["token_type_ids"] = whole(examples, self.length)
+        if self.kind == "causal":
+            batch["labels"] = whole(examples, self.length)
+        elif self.kind == "question_answering":
+            batch |= {"start_positions": whole(examples), "end_positions": whole(examples)}
+        else:
+            batch["labels"] = whole(examples) if self.kind == "classification" else torch.ones(examples)
+        return batch
 
 
 def targets(batch: Batch) -> int:

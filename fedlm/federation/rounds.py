@@ -24,6 +24,7 @@ from fedlm.exchange import payload
 from fedlm.exchange.payload import PayloadError, Received
 from fedlm.exchange.pruning import Inputs
 from fedlm.exchange.uploads import Outgoing
+from fedlm.federation import budgets
 from fedlm.federation.link import Link
 from fedlm.federation.method import Method
 from fedlm.federation.passes import Batch
@@ -64,6 +65,8 @@ class Rounds:
         self.parts, self.make_batch = parts, make_batch
         self.settings, self.training = federation, training
         method.training = training
+        if federation.budgets and method.levels() > 1:
+            method.level = budgets.fit(method, model, parts, make_batch, federation.budgets, training)
         self.parameters = dict(model.named_parameters())
         stays = device is None or device.type == "cpu"
         initial = {name: _first_value(self.parameters[name], stays) for name in method.exchanged}

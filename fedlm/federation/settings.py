@@ -1,8 +1,9 @@
 """Settings of the federation, of a client's training and of scoring."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from fedlm.base.settings import Settings
 
@@ -68,6 +69,31 @@ ServerOptimizer = Annotated[
 ]
 
 
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _bytes(value: Any) -> Any:
+    """Return "300 MB" as a number of bytes, and anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]+)", value.strip())
+    if found is None or found[2] not in UNITS:
+        raise ValueError(f"allowed: a number of bytes, or one with a unit: {', '.join(UNITS)}")
+    return round(float(found[1]) * UNITS[found[2]])
+
+
+class Budget(Settings):
+    """The memory that a turn may take at some of the clients."""
+
+    share: float = Field(gt=0, le=1, description="share of the clients")
+    memory: Annotated[
+        int,
+        BeforeValidator(_bytes),
+        Field(ge=1, le=2**60),
+        WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}),
+    ] = Field(description='peak memory of a turn, in bytes or with a unit: "300 MB", "2 GiB"')
+
+
 class Federation(Settings):
     """Who takes part, how often, and what the server makes of a mean."""
 
@@ -80,6 +106,19 @@ class Federation(Settings):
     server_optimizer: ServerOptimizer | None = Field(
         None, description="how the server follows the clients' mean; None: as the method does, mostly plainly"
     )
+    budgets: list[Budget] = Field(
+        [],
+        max_length=100,
+        description="memory budgets of shares of the clients, drawn from the run's seed; the others have no "
+        "limit. Methods that do not know budgets train as without",
+    )
+
+    @model_validator(mode="after")
+    def _shares_within_one(self) -> "Federation":
+        total = sum(budget.share for budget in self.budgets)
+        if total > 1 + 1e-9:
+            raise ValueError(f"budgets: their shares add up to {total:g}; allowed: at most 1")
+        return self
 
 
 class Training(Settings):

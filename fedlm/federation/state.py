@@ -77,9 +77,17 @@ class Upload(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A part of a turn in which the same parameters are trained, with one optimizer."""
+    """A part of a turn in which the same parameters are trained, with one optimizer.
+
+    `frozen` names the parameters of each part of the model that the segment runs in evaluation mode: what is
+    before the layers, then so many layers. If they are `stored`, what comes out of them is computed once a
+    segment for each example, part by part, and training begins behind them: each part is in memory only
+    while it computes.
+    """
 
     label: str  # names the row of the memory table: "all", "block 3"
     trainable: list[str]
     steps: int
     forward_only: bool = False  # nothing is trained by gradients; see Turn.evaluate
+    frozen: tuple[tuple[str, ...], ...] = ()
+    stored: bool = False

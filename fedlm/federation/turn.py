@@ -7,8 +7,10 @@ values.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy
@@ -20,11 +22,12 @@ from fedlm.base.randomness import numpy_stream
 from fedlm.exchange import payload
 from fedlm.exchange.declared import Way
 from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
-from fedlm.federation.passes import Batch, Channel, Crossing, Pass, Step, Term, targets, upward
+from fedlm.federation.passes import Batch, Channel, Crossing, PartPass, Pass, Step, Term, targets, upward
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import MemoryTracker
+from fedlm.models.parts import Parts
 
 
 class TurnError(Exception):
@@ -103,6 +106,9 @@ class Turn:
         self._crossed: dict[Way, int] = {}  # in each direction, the last pass whose message was counted
         self._values: dict[str, Tensor] = {}
         self._parameters = dict(model.named_parameters())
+        self._parts = Parts(model)
+        self._apart: dict[str, Tensor] = {}  # parameters that are out of the model for a while
+        self._hidden: dict[int, Tensor] = {}  # what comes out of the frozen parts, by example
 
     def arguments(self) -> dict[str, Any]:
         """Return what this turn was made of, for another turn of the same work."""
@@ -166,14 +172,17 @@ class Turn:
         """
         if not segment.trainable or not segment.steps:
             return
-        optimizer = self._optimizer(segment)
         plan = self._plan[self._done : self._done + segment.steps]
-        total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
-        self.model.train()
-        for step in plan:
-            self.losses.append(self._step(step, optimizer, segment, term, correct))
-            total += self.losses[-1]
-            self._done += 1
+        with self._without_frozen(segment):
+            self._store(segment)
+            optimizer = self._optimizer(segment)
+            total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
+            self._train_mode(segment)
+            for step in plan:
+                self.losses.append(self._step(step, optimizer, segment, term, correct))
+                total += self.losses[-1]
+                self._done += 1
+            self._hidden.clear()
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss}")
@@ -194,7 +203,8 @@ class Turn:
         self.model.eval()
         for step in plan:
             for batch, share in self._weighted(step):
-                total += self._pass(segment, Pass(self.model, batch, self.settings, share, backward=False))
+                work = Pass(self.model, batch, self.settings, share, backward=False)
+                total += self._pass(segment.trainable, work)
                 self.queries += 1
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
@@ -259,7 +269,8 @@ class Turn:
             if not probing.met:
                 raise TurnError(f"segments() lists {segment.label!r}, but train() never fits it")
 
-        self._instruments.measure(segment.label, size, act, self.model)
+        with self._without_frozen(segment):
+            self._instruments.measure(segment.label, size, act, self.model)
         self._write(before)
         for name in names:
             self._parameters[name].grad = None
@@ -301,6 +312,105 @@ class Turn:
                 {name: value.clone() for name, value in moments.items()}
             )
 
+    def _train_mode(self, segment: Segment) -> None:
+        self.model.train()
+        if segment.frozen:
+            self._parts.evaluate(len(segment.frozen))
+
+    @contextmanager
+    def _without_frozen(self, segment: Segment) -> Iterator[None]:
+        """Keep what a segment stores the output of out of the model, where it would hold memory."""
+        if not segment.stored:
+            yield
+            return
+        # What is used at several places, like an output embedding tied to the input's, stays.
+        uses = Counter(id(value) for _, value in self.model.named_parameters(remove_duplicate=False))
+        names = [name for part in segment.frozen for name in part if uses[id(self._parameters[name])] == 1]
+        device = next(iter(self._parameters.values())).device
+        for name in names:
+            value = self._parameters[name].data
+            self._apart[name] = value if value.device.type == "meta" else value.cpu()
+            self._parameters[name].data = _without_memory(value)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._parameters[name].data = self._apart.pop(name).to(device)
+
+    @contextmanager
+    def _back(self, names: Iterable[str]) -> Iterator[None]:
+        """Have parameters that are apart in the model for a while."""
+        apart = [name for name in names if name in self._apart]
+        for name in apart:
+            self._parameters[name].data = self._fetch(name)
+        yield
+        for name in apart:
+            self._parameters[name].data = _without_memory(self._parameters[name].data)
+
+    def _fetch(self, name: str) -> Tensor:
+        return self._apart[name].to(self._parameters[name].device, copy=True)
+
+    def _store(self, segment: Segment) -> None:
+        """Compute what comes out of the segment's frozen parts for all of its examples, if it is stored."""
+        if not segment.stored:
+            return
+        passes = self._visits(segment)
+        self.model.eval()
+        hidden: list[Tensor | None] = [None] * len(passes)
+        for part, names in enumerate(segment.frozen):
+            with self._back(names):
+                for number, indices in enumerate(passes):
+                    hidden[number] = self._next(part, indices, hidden[number])
+        for indices, values in zip(passes, hidden, strict=True):
+            assert values is not None
+            begin = 0
+            for index, windows in zip(indices, self._windows(indices, len(values)), strict=True):
+                self._hidden[int(index)] = values[begin : begin + windows]
+                begin += windows
+
+    def _visits(self, segment: Segment) -> list[numpy.ndarray]:
+        return first_visits(self._plan[self._done : self._done + segment.steps])
+
+    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
+        """Return what comes out of a part for some examples, given what came out of the one before."""
+        return self._through(part, part, self._make_batch(indices), hidden)
+
+    def _through(self, first: int, last: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        work = PartPass(self._parts, first, last, batch, self.settings, hidden)
+        return self._pass([work.name], work)
+
+    def _windows(self, indices: numpy.ndarray, total: int) -> list[int]:
+        """Return how many rows each example has in a batch of so many."""
+        if total == len(indices):
+            return [1] * total
+        batches = (self._make_batch(indices[i : i + 1]) for i in range(len(indices)))
+        return [len(batch["input_ids"]) for batch in batches]
+
+    def _begin(
+        self, segment: Segment, indices: numpy.ndarray, batch: Batch
+    ) -> Callable[[], AbstractContextManager]:
+        """Return how a training pass over some examples begins: behind the frozen parts, if there are any."""
+        if not segment.frozen:
+            return nullcontext
+        if segment.stored:
+            hidden = self._stored(indices, batch)
+        else:
+            hidden = self._through(0, len(segment.frozen) - 1, batch)
+        return partial(self._parts.behind, len(segment.frozen), hidden)
+
+    def _stored(self, indices: numpy.ndarray, batch: Batch) -> Tensor:
+        """Return what was stored for some examples as one tensor (windows, length, width)."""
+        rows = [self._hidden[int(index)] for index in indices]
+        windows, length = batch["input_ids"].shape
+        # In another batch an example may have more padding or less; nothing attends to padding.
+        hidden = rows[0].new_zeros(windows, length, rows[0].shape[-1])
+        begin = 0
+        for row in rows:
+            width = min(length, row.shape[1])
+            hidden[begin : begin + len(row), :width] = row[:, :width]
+            begin += len(row)
+        return hidden
+
     def _step(
         self,
         step: Step,
@@ -312,8 +422,10 @@ class Turn:
         """Make one optimizer step and return its mean loss."""
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
         added = None if term is None else lambda: term(optimizer.parameters)
-        for batch, share in self._weighted(step):
-            loss += self._pass(segment, Pass(self.model, batch, self.settings, share, term=added))
+        for indices, (batch, share) in zip(step, self._weighted(step), strict=True):
+            begin = self._begin(segment, indices, batch)
+            work = Pass(self.model, batch, self.settings, share, term=added, begin=begin)
+            loss += self._pass(segment.trainable, work)
         factor = rate_factor(*self._progress(), self.settings)
         self.total_rate += factor * self.settings.learning_rate
         try:
@@ -340,10 +452,10 @@ class Turn:
         arrived = message.parts["activation" if way == "up" else "gradient"].to(value.dtype)
         return channel(way, arrived, self._passes) if channel else arrived
 
-    def _pass(self, segment: Segment, work: Pass) -> Tensor:
-        loss, flops = self._instruments.count(segment.trainable, work.batch, work, work.backward)
+    def _pass(self, trained: Sequence[str], work: Pass | PartPass) -> Tensor:
+        result, flops = self._instruments.count(trained, work.batch, work, work.backward)
         self.flops += flops
-        return loss
+        return result
 
     def _progress(self) -> tuple[float, float]:
         within, one = self._done / max(1, self.steps), 1 / max(1, self.steps)
@@ -358,17 +470,20 @@ class _ProbingTurn(Turn):
     def __init__(self, turn: Turn, target: Segment, tracker: MemoryTracker) -> None:
         super().__init__(**{**turn.arguments(), "kept": dict(turn.kept)})
         self.target, self.tracker, self.met = target, tracker, False
+        self._apart = turn._apart
+        self._largest: numpy.ndarray | None = None
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
     def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if self._is_target(segment):
             self.met = True
             self.tracker.mark_live("method")
+            self._store(segment)
             with self.tracker.paused():
                 optimizer = self._optimizer(segment)
                 optimizer.make_state()
             self.tracker.mark(optimizer.state(), "optimizer")
-            self.model.train()
+            self._train_mode(segment)
             self._step(self.largest_step(), optimizer, segment, term, correct)
         self._done += segment.steps
 
@@ -379,7 +494,8 @@ class _ProbingTurn(Turn):
             self._write(values)
             self.model.eval()
             for batch, share in self._weighted(self.largest_step()):
-                self._pass(segment, Pass(self.model, batch, self.settings, share, backward=False))
+                work = Pass(self.model, batch, self.settings, share, backward=False)
+                self._pass(segment.trainable, work)
         return 0.0
 
     def each_step(self) -> Iterable[int]:
@@ -389,10 +505,45 @@ class _ProbingTurn(Turn):
         found = (segment.label, segment.trainable) == (self.target.label, self.target.trainable)
         return found and not self.met
 
-    def _pass(self, segment: Segment, work: Pass) -> Tensor:
+    def _pass(self, trained: Sequence[str], work: Pass | PartPass) -> Tensor:
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             return work()  # the counter would keep the activations of layers that are recomputed
-        return self._instruments.look(segment.trainable, work.batch, work, work.backward)
+        return self._instruments.look(trained, work.batch, work, work.backward)
+
+    def _fetch(self, name: str) -> Tensor:
+        with self.tracker.paused():
+            value = super()._fetch(name)
+        self.tracker.mark([value], "parameter")
+        return value
+
+    def _visits(self, segment: Segment) -> list[numpy.ndarray]:
+        return sorted(super()._visits(segment), key=self._tokens, reverse=True)
+
+    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
+        # Only the largest batch is computed; of the others what is stored has the size.
+        if self._largest is None or self._largest is indices:
+            self._largest = indices
+            self._like = super()._next(part, indices, hidden)
+            return self._like
+        if hidden is not None:
+            return hidden
+        batch = self._make_batch(indices)
+        return self._like.new_empty(*batch["input_ids"].shape, self._like.shape[-1])
+
+
+def first_visits(plan: list[Step]) -> list[numpy.ndarray]:
+    """Return the passes of a plan that have an example which none before had."""
+    found, seen = [], set[int]()
+    for indices in (one for step in plan for one in step):
+        if not seen.issuperset(indices.tolist()):
+            found.append(indices)
+            seen.update(indices.tolist())
+    return found
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape that holds a single value."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def snapshot(tensor: Tensor) -> Tensor:

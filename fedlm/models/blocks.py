@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module) -> Anatomy:
 
     Raises UserError if the model has no list of layers.
     """
-    layers_path, layers = _find_layers(model)
+    layers_path, layers = find_layers(model)
     paths = [f"{layers_path}.{index}" for index in range(len(layers))]
     users = Counter(id(p) for layer in layers for p in set(layer.parameters()))
     head_paths = _head_paths(model)
@@ -112,7 +112,7 @@ def skip(model: nn.Module, block_indices: Iterable[int]) -> Iterator[None]:
 
     Raises ValueError for an index that no layer has.
     """
-    _, layers = _find_layers(model)
+    _, layers = find_layers(model)
     skipped = frozenset(block_indices)
     if wrong := sorted(index for index in skipped if not 0 <= index < len(layers)):
         raise ValueError(f"cannot skip {wrong}: the model has the layers 0 to {len(layers) - 1}")
@@ -139,7 +139,8 @@ def skip(model: nn.Module, block_indices: Iterable[int]) -> Iterator[None]:
         layers.__class__ = plain
 
 
-def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the list of a model's layers and its path; raises UserError if there is none."""
     found: list[tuple[int, int, str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         inside_another = any(path.startswith(other + ".") for *_, other, _ in found)

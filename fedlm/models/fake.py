@@ -6,6 +6,7 @@ be counted on a laptop, whatever the model's size.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,22 @@ def fake_model(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         to_fake(model)
         yield mode, model
+
+
+@contextlib.contextmanager
+def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a fake copy of any model, inside a FakeTensorMode; the model itself stays as it is."""
+    # What the copy is given here is not copied, so that it takes no memory.
+    without_values: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        without_values[id(tensor)] = empty
+    copied = copy.deepcopy(model, without_values)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        to_fake(copied)
+        yield copied
 
 
 def to_fake(model: nn.Module) -> None:

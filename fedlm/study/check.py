@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from fedlm.base.errors import UserError
 from fedlm.data import schemes
 from fedlm.data.task import Task
-from fedlm.federation import reducible
+from fedlm.federation import budgets, reducible
 from fedlm.federation.facts import Facts, facts
 from fedlm.study.study import Run, Study
 from fedlm.study.yaml_files import printable
@@ -70,7 +70,19 @@ def check(study: Study) -> list[str]:
                 continue
             built = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
             attempt(f"methods.{name}", partial(built.check, found))
-            training = study.run(label, next(iter(study.partitions)), name, study.seeds[0]).training
+            run_config = study.run(label, next(iter(study.partitions)), name, study.seeds[0])
+            training, given = run_config.training, run_config.federation.budgets
+            if given and not budgets.known(kind_of_method):
+                notes.append(
+                    f"methods.{name}: {chosen.method} does not know federation.budgets; its clients train as "
+                    "if they had none"
+                )
+            elif given:
+                fresh = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
+                attempt(
+                    f"methods.{name} (on {path})",
+                    partial(budgets.check, fresh, model, kind, length or 8, given, training),
+                )
             attempt(f"methods.{name}", partial(built.check_training, training))
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             if study.tuning and chosen.tuned_as is None:
@@ -87,7 +99,7 @@ def check(study: Study) -> list[str]:
         faults.append("methods: no run remains; allowed: at least one method for a task and a partition")
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _check_partitions(study: Study, label: str, task: Task, training: int | None, attempt: Callable) -> None:
