@@ -441,6 +441,7 @@ class Turn:
         for batch, count in zip(batches, counts, strict=True):
             self._passes, self._batch = self._passes + 1, batch
             yield batch, count / max(1, sum(counts))
+        self._batch = {}  # or it would count as memory of what follows
 
     def _send(self, way: Way, value: Tensor, channel: Channel | None) -> Tensor:
         """Send an activation or a gradient of the present pass; return what arrives."""
