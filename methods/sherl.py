@@ -34,7 +34,7 @@ class SHERL(Method):
 
     title = "SHERL"
     reference = "arXiv:2407.07523"
-    search = {"training.learning_rate": LogRange(1e-4, 1e-2)}
+    search = {"training.learning_rate": LogRange(3e-4, 3e-2)}
 
     class Config(MethodConfig):
         """Size and places of the side module."""
@@ -84,8 +84,6 @@ class SHERL(Method):
         return {"embeddings": 0, **made}
 
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
-        # Where nothing earlier needs a gradient, autograd stores nothing of the early layers.
-        model.requires_grad_(False)
         paths = self.anatomy.layers
         tapped = {place: paths[number] for place, number in self._tapped(len(paths)).items()}
         late = model.get_submodule([*tapped.values()][-1])
@@ -96,6 +94,7 @@ class SHERL(Method):
         for place, path in tapped.items():
             model.get_submodule(path).register_forward_pre_hook(partial(route.tap, place))
         late.register_forward_pre_hook(route.enter)
+        # Where nothing before the side module needs a gradient, autograd stores nothing of the early layers.
         trained = {id(parameter) for parameter in side.parameters()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.anatomy.head or id(parameter) in trained)

@@ -19,6 +19,13 @@ HIDDEN, LAYERS = 16, 3
 TOKENS = torch.arange(3, 19).reshape(2, 8)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 def prepared(folder, kind="classification", method="sherl", **config):
     """Return the method and the tiny model of a folder with its side module."""
     kind_of_method = discover_methods()[method]
