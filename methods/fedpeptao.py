@@ -160,36 +160,37 @@ class FedPepTAO(FedPrompt):
             return
         import torch
 
-        state, order, examples = server.state, self._ranking(server), 0
+        state, order = server.state, self._ranking(server)
         start = self._take(server.tensors[self.prefix], order[: self.count])
-        control = state.get("control", torch.zeros_like(start))
-        controls: dict[str, Tensor] = {}  # of the clients that answered
-        shift, pull, steps = torch.zeros_like(start), torch.zeros_like(start), torch.zeros(())
+        zero = torch.zeros_like(start)
+        control = state.get("control", zero)
+        # Of the clients that answer, by the name of their control variate.
+        controls: dict[str, Tensor] = {}
+        steps: dict[str, Tensor] = {}
+        examples: dict[str, int] = {}
 
         def noted() -> Iterator[Upload]:
-            nonlocal examples, shift, pull, steps
             for upload in uploads:
-                name, taken = f"control {upload.client}", upload.tensors.pop(self.steps)
-                own = state.get(name, torch.zeros_like(start))
-                moved = start - upload.tensors[self.sent]
-                controls[name] = own - control + moved / (taken * self.training.learning_rate)
-                shift, steps = shift + taken * (controls[name] - own), steps + taken
-                pull, examples = pull - upload.examples * controls[name], examples + upload.examples
+                name = f"control {upload.client}"
+                steps[name], examples[name] = upload.tensors.pop(self.steps), upload.examples
+                slope = (start - upload.tensors[self.sent]) / (steps[name] * self.training.learning_rate)
+                controls[name] = state.get(name, zero) - control + slope
                 yield upload
 
         means = {name: mean for name, (mean, _) in weighted_mean(noted()).items()}
         if not means:
             return
         mean = means.pop(self.sent)
-        state |= controls
-        state["control"] = control = control + len(controls) / self.clients * shift / steps
         fall = start - mean
+        shift = sum(steps[name] * (new - state.get(name, zero)) for name, new in controls.items())
+        control = control + len(controls) / self.clients * shift / sum(steps.values())
         if "fall" in state:
-            momentum, old = self.config.server_momentum, state.get("velocity", torch.zeros_like(start))
-            change = (1 - momentum) * (state["fall"] - fall)
-            state["velocity"] = momentum * old + change + control + pull / examples
+            momentum = self.config.server_momentum
+            velocity = momentum * state.get("velocity", zero) + (1 - momentum) * (state["fall"] - fall)
+            own = sum(examples[name] * new for name, new in controls.items()) / sum(examples.values())
+            state["velocity"] = velocity + control - own
             mean = mean - self._server_rate(round) * state["velocity"]
-        state["fall"] = fall
+        state |= {"control": control, "fall": fall, **controls}
         for name, value in means.items():
             server.update(name, value)
         server.update(self.prefix, self._put(server.tensors[self.prefix], order[: self.count], mean))
