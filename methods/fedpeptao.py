@@ -163,8 +163,11 @@ class FedPepTAO(FedPrompt):
         state, order = server.state, self._ranking(server)
         start = self._take(server.tensors[self.prefix], order[: self.count])
         zero = torch.zeros_like(start)
-        control, controls = state.get("control", zero), dict[str, Tensor]()
-        steps, examples = dict[str, Tensor](), dict[str, int]()
+        control = state.get("control", zero)
+        # Of the clients that answer, by the name of their control variate.
+        controls: dict[str, Tensor] = {}
+        steps: dict[str, Tensor] = {}
+        examples: dict[str, int] = {}
 
         def noted() -> Iterator[Upload]:
             for upload in uploads:
