@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedlm.data.task import Kind
 from fedlm.exchange import payload
+from fedlm.federation.frozen import first_visits
 from fedlm.federation.method import Method
 from fedlm.federation.optimizer import Correction, state_of
 from fedlm.federation.passes import Batch, Channel, PartPass, Pass, Step, Term, upward
@@ -28,7 +29,7 @@ from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
-from fedlm.federation.turn import Turn, first_visits
+from fedlm.federation.turn import Turn
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import KINDS, Memory, older_objects_set_aside
 from fedlm.models.config import ModelConfig

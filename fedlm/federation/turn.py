@@ -7,10 +7,8 @@ values.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -21,13 +19,13 @@ from torch.nn import Module
 from fedlm.base.randomness import numpy_stream
 from fedlm.exchange import payload
 from fedlm.exchange.declared import Way
+from fedlm.federation.frozen import Frozen, ProbedFrozen
 from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
 from fedlm.federation.passes import Batch, Channel, Crossing, PartPass, Pass, Step, Term, targets, upward
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import MemoryTracker
-from fedlm.models.parts import Parts
 
 
 class TurnError(Exception):
@@ -106,9 +104,7 @@ class Turn:
         self._crossed: dict[Way, int] = {}  # in each direction, the last pass whose message was counted
         self._values: dict[str, Tensor] = {}
         self._parameters = dict(model.named_parameters())
-        self._parts = Parts(model)
-        self._apart: dict[str, Tensor] = {}  # parameters that are out of the model for a while
-        self._hidden: dict[int, Tensor] = {}  # what comes out of the frozen parts, by example
+        self._frozen = Frozen(model, make_batch, settings, self._run_part)
 
     def arguments(self) -> dict[str, Any]:
         """Return what this turn was made of, for another turn of the same work."""
@@ -173,8 +169,8 @@ class Turn:
         if not segment.trainable or not segment.steps:
             return
         plan = self._plan[self._done : self._done + segment.steps]
-        with self._without_frozen(segment):
-            self._store(segment)
+        with self._frozen.apart(segment):
+            self._frozen.store(segment, plan)
             optimizer = self._optimizer(segment)
             total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
             self._train_mode(segment)
@@ -182,7 +178,6 @@ class Turn:
                 self.losses.append(self._step(step, optimizer, segment, term, correct))
                 total += self.losses[-1]
                 self._done += 1
-            self._hidden.clear()
         loss = float(total) / max(1, len(plan))
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss}")
@@ -269,7 +264,7 @@ class Turn:
             if not probing.met:
                 raise TurnError(f"segments() lists {segment.label!r}, but train() never fits it")
 
-        with self._without_frozen(segment):
+        with self._frozen.apart(segment):
             self._instruments.measure(segment.label, size, act, self.model)
         self._write(before)
         for name in names:
@@ -314,102 +309,10 @@ class Turn:
 
     def _train_mode(self, segment: Segment) -> None:
         self.model.train()
-        if segment.frozen:
-            self._parts.evaluate(len(segment.frozen))
+        self._frozen.parts.evaluate(len(segment.frozen))
 
-    @contextmanager
-    def _without_frozen(self, segment: Segment) -> Iterator[None]:
-        """Keep what a segment stores the output of out of the model, where it would hold memory."""
-        if not segment.stored:
-            yield
-            return
-        # What is used at several places, like an output embedding tied to the input's, stays.
-        uses = Counter(id(value) for _, value in self.model.named_parameters(remove_duplicate=False))
-        names = [name for part in segment.frozen for name in part if uses[id(self._parameters[name])] == 1]
-        device = next(iter(self._parameters.values())).device
-        for name in names:
-            value = self._parameters[name].data
-            self._apart[name] = value if value.device.type == "meta" else value.cpu()
-            self._parameters[name].data = _without_memory(value)
-        try:
-            yield
-        finally:
-            for name in names:
-                self._parameters[name].data = self._apart.pop(name).to(device)
-
-    @contextmanager
-    def _back(self, names: Iterable[str]) -> Iterator[None]:
-        """Have parameters that are apart in the model for a while."""
-        apart = [name for name in names if name in self._apart]
-        for name in apart:
-            self._parameters[name].data = self._fetch(name)
-        yield
-        for name in apart:
-            self._parameters[name].data = _without_memory(self._parameters[name].data)
-
-    def _fetch(self, name: str) -> Tensor:
-        return self._apart[name].to(self._parameters[name].device, copy=True)
-
-    def _store(self, segment: Segment) -> None:
-        """Compute what comes out of the segment's frozen parts for all of its examples, if it is stored."""
-        if not segment.stored:
-            return
-        passes = self._visits(segment)
-        self.model.eval()
-        hidden: list[Tensor | None] = [None] * len(passes)
-        for part, names in enumerate(segment.frozen):
-            with self._back(names):
-                for number, indices in enumerate(passes):
-                    hidden[number] = self._next(part, indices, hidden[number])
-        for indices, values in zip(passes, hidden, strict=True):
-            assert values is not None
-            begin = 0
-            for index, windows in zip(indices, self._windows(indices, len(values)), strict=True):
-                self._hidden[int(index)] = values[begin : begin + windows]
-                begin += windows
-
-    def _visits(self, segment: Segment) -> list[numpy.ndarray]:
-        return first_visits(self._plan[self._done : self._done + segment.steps])
-
-    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
-        """Return what comes out of a part for some examples, given what came out of the one before."""
-        return self._through(part, part, self._make_batch(indices), hidden)
-
-    def _through(self, first: int, last: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        work = PartPass(self._parts, first, last, batch, self.settings, hidden)
+    def _run_part(self, work: PartPass) -> Tensor:
         return self._pass([work.name], work)
-
-    def _windows(self, indices: numpy.ndarray, total: int) -> list[int]:
-        """Return how many rows each example has in a batch of so many."""
-        if total == len(indices):
-            return [1] * total
-        batches = (self._make_batch(indices[i : i + 1]) for i in range(len(indices)))
-        return [len(batch["input_ids"]) for batch in batches]
-
-    def _begin(
-        self, segment: Segment, indices: numpy.ndarray, batch: Batch
-    ) -> Callable[[], AbstractContextManager]:
-        """Return how a training pass over some examples begins: behind the frozen parts, if there are any."""
-        if not segment.frozen:
-            return nullcontext
-        if segment.stored:
-            hidden = self._stored(indices, batch)
-        else:
-            hidden = self._through(0, len(segment.frozen) - 1, batch)
-        return partial(self._parts.behind, len(segment.frozen), hidden)
-
-    def _stored(self, indices: numpy.ndarray, batch: Batch) -> Tensor:
-        """Return what was stored for some examples as one tensor (windows, length, width)."""
-        rows = [self._hidden[int(index)] for index in indices]
-        windows, length = batch["input_ids"].shape
-        # In another batch an example may have more padding or less; nothing attends to padding.
-        hidden = rows[0].new_zeros(windows, length, rows[0].shape[-1])
-        begin = 0
-        for row in rows:
-            width = min(length, row.shape[1])
-            hidden[begin : begin + len(row), :width] = row[:, :width]
-            begin += len(row)
-        return hidden
 
     def _step(
         self,
@@ -423,7 +326,7 @@ class Turn:
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
         added = None if term is None else lambda: term(optimizer.parameters)
         for indices, (batch, share) in zip(step, self._weighted(step), strict=True):
-            begin = self._begin(segment, indices, batch)
+            begin = self._frozen.begin(segment, indices, batch)
             work = Pass(self.model, batch, self.settings, share, term=added, begin=begin)
             loss += self._pass(segment.trainable, work)
         factor = rate_factor(*self._progress(), self.settings)
@@ -471,15 +374,14 @@ class _ProbingTurn(Turn):
     def __init__(self, turn: Turn, target: Segment, tracker: MemoryTracker) -> None:
         super().__init__(**{**turn.arguments(), "kept": dict(turn.kept)})
         self.target, self.tracker, self.met = target, tracker, False
-        self._apart = turn._apart
-        self._largest: numpy.ndarray | None = None
+        self._frozen = ProbedFrozen(turn._frozen, self._run_part, tracker, self._tokens)
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
     def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if self._is_target(segment):
             self.met = True
             self.tracker.mark_live("method")
-            self._store(segment)
+            self._frozen.store(segment, self._plan[self._done : self._done + segment.steps])
             with self.tracker.paused():
                 optimizer = self._optimizer(segment)
                 optimizer.make_state()
@@ -510,41 +412,6 @@ class _ProbingTurn(Turn):
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             return work()  # the counter would keep the activations of layers that are recomputed
         return self._instruments.look(trained, work.batch, work, work.backward)
-
-    def _fetch(self, name: str) -> Tensor:
-        with self.tracker.paused():
-            value = super()._fetch(name)
-        self.tracker.mark([value], "parameter")
-        return value
-
-    def _visits(self, segment: Segment) -> list[numpy.ndarray]:
-        return sorted(super()._visits(segment), key=self._tokens, reverse=True)
-
-    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
-        # Only the largest batch is computed; of the others what is stored has the size.
-        if self._largest is None or self._largest is indices:
-            self._largest = indices
-            self._like = super()._next(part, indices, hidden)
-            return self._like
-        if hidden is not None:
-            return hidden
-        batch = self._make_batch(indices)
-        return self._like.new_empty(*batch["input_ids"].shape, self._like.shape[-1])
-
-
-def first_visits(plan: list[Step]) -> list[numpy.ndarray]:
-    """Return the passes of a plan that have an example which none before had."""
-    found, seen = [], set[int]()
-    for indices in (one for step in plan for one in step):
-        if not seen.issuperset(indices.tolist()):
-            found.append(indices)
-            seen.update(indices.tolist())
-    return found
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape that holds a single value."""
-    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def snapshot(tensor: Tensor) -> Tensor:
