@@ -24,6 +24,7 @@ def check(study: Study) -> list[str]:
     """
     faults: list[str] = []
     notes: list[str] = []
+    without_budgets: dict[str, None] = {}
     trials: dict[tuple[str, str], list[Run]] = {}
     for run in study.trials():
         trials.setdefault((run.task, run.method), []).append(run)
@@ -73,10 +74,7 @@ def check(study: Study) -> list[str]:
             run_config = study.run(label, next(iter(study.partitions)), name, study.seeds[0])
             training, given = run_config.training, run_config.federation.budgets
             if given and not budgets.known(kind_of_method):
-                notes.append(
-                    f"methods.{name}: {chosen.method} does not know federation.budgets; its clients train as "
-                    "if they had none"
-                )
+                without_budgets.setdefault(name)
             elif given:
                 fresh = kind_of_method(chosen.settings, study.federation.clients, study.seeds[0])
                 attempt(
@@ -99,7 +97,10 @@ def check(study: Study) -> list[str]:
         faults.append("methods: no run remains; allowed: at least one method for a task and a partition")
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
-    return list(dict.fromkeys(notes))
+    if without_budgets:
+        names = ", ".join(without_budgets)
+        notes.append(f"federation.budgets: clients train as if they had none with these methods: {names}")
+    return notes
 
 
 def _check_partitions(study: Study, label: str, task: Task, training: int | None, attempt: Callable) -> None:
