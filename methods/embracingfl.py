@@ -70,7 +70,9 @@ class EmbracingFL(Method):
     def extra(self, server: Server) -> dict[str, float]:
         """Return how many clients train which layers."""
         count = Counter(self.level.get(client, 0) for client in range(self.clients))
-        return {f"clients: {self._label(level)}": float(count[level]) for level in sorted(count)}
+        return {
+            f"clients_{self._label(level).replace(' ', '_')}": float(count[level]) for level in sorted(count)
+        }
 
     def _label(self, level: int) -> str:
         if level == 0:

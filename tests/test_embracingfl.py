@@ -55,7 +55,7 @@ def test_a_weak_clients_peak_is_within_its_budget_and_one_layer_more_is_not(plac
     assert sorted(levels.values()) == [0, 3, 3]
     run.run()
     assert run.instruments.memory["from layer 2"].peak <= memory
-    assert run.method.extra(run.server) == {"clients: all": 1, "clients: from layer 2": 2}
+    assert run.method.extra(run.server) == {"clients_all": 1, "clients_from_layer_2": 2}
     larger = ran(place, {client: level and level - 1 for client, level in levels.items()})
     assert larger.instruments.memory["from layer 1"].peak > memory
 
