@@ -41,7 +41,7 @@ class BlockLLM(Method):
 
     title = "BlockLLM"
     reference = "arXiv:2406.17296"
-    search = {"training.learning_rate": LogRange(1e-4, 1e-2)}
+    search = {"training.learning_rate": LogRange(3e-5, 3e-3)}
 
     class Config(MethodConfig):
         """What is selected, how much of it, and when anew."""
