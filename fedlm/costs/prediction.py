@@ -388,7 +388,8 @@ def _place(work: _Work, instance: _Instance) -> tuple[Hashable, int]:
     lowest = min(numbers, default=0)
     names = tuple(sorted(_LAYER.sub("*", name) for name in work.trainable))
     label = "" if work.what == instance.segment.label else work.what
-    return (names, len(work.dropped), label), lowest - sum(layer < lowest for layer in work.dropped)
+    kind = names, len(work.dropped), label, instance.segment.forward_only
+    return kind, lowest - sum(layer < lowest for layer in work.dropped)
 
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
