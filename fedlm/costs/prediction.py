@@ -151,6 +151,11 @@ class _RecordedTurn(Turn):
             self.queries += len(step)
         return 0.0
 
+    def gradient_norms(self, segment: Segment) -> dict[str, float]:
+        for step in self._plan[:1]:
+            self._record(segment, step[:1])
+        return {}
+
     def _record(self, segment: Segment, step: Step, backward: bool = True) -> None:
         for indices in step:
             self._work.passes(_Instance(self, segment, [indices]), self._make_batch, backward)
