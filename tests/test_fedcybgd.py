@@ -147,6 +147,23 @@ def test_a_prediction_rotates(place):
     assert gradient.flops > rotating.flops
 
 
+def test_the_feed_forward_that_all_layers_share_is_trained_sent_and_merged_as_one_block(place):
+    run = worlds.federation("fedcybgd", place, family="mobillama", kind="causal", clients=4, rounds=1)
+    sent = sent_blocks(run)
+    run.run()
+    assert sent == [0, 1, 2, 3]
+    shared = run.method.blocks[3]
+    assert len(shared) == 3 and all(name.startswith("model.layers.0.mlp.") for name in shared)
+    assert not set(shared) & {name for block in run.method.blocks[:3] for name in block}
+    assert all(not torch.equal(run.server.tensors[name], run.server.initial[name]) for name in shared)
+    layers = run.model.model.layers
+    assert all(layer.mlp is layers[0].mlp for layer in layers)
+    # It travels once in the download, and the one who trains it uploads nothing else.
+    assert sum(".mlp." in name for name in run.method.exchanged) == 3
+    uploads = [row[2] for row in run.rounds[0]["payloads"]]
+    assert uploads[3] == payload.size({name: run.server.tensors[name] for name in shared})
+
+
 def test_random_with_replacement_draws_each_turn_anew(place):
     run = worlds.federation("fedcybgd", place, clients=5, order="random_with_replacement")
     draws = [[run.method.block(client, round)[0] for round in range(1, 31)] for client in range(5)]
