@@ -3,10 +3,10 @@
     python benchmarks/pruning.py [--model minilm] [--model smollm2] [--sparsity 0.5] [--sparsity 0.7]
 
 The criteria see 32 texts of BBC News; errors are measured on 32 others. `layers` is the squared error of a
-linear layer's output, given the dense model's inputs, relative to the squared output, averaged over the layers;
-`model` is the squared error of the last hidden states, relative to their variance, with all layers pruned. The
-last line of a model and sparsity says in how many layers DSnoT's error is below Wanda's, and how many weights
-each row keeps.
+linear layer's output, given the dense model's inputs, relative to the squared output, averaged over the
+layers; `model` is the squared error of the last hidden states, relative to their variance, with all layers
+pruned. The last line of a model and sparsity says in how many layers DSnoT's error is below Wanda's, and how
+many weights each row keeps.
 """
 
 import argparse
