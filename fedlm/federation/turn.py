@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy
@@ -229,6 +230,18 @@ class Turn:
         finally:
             hook.remove()
 
+    def gradient_norms(self, segment: Segment) -> dict[str, float]:
+        """Return the L2 norm of the gradient of each of the segment's parameters; train nothing.
+
+        The loss is that of the first batch of the turn, which the turn's first step sees again. Each gradient
+        is released as soon as its norm is known. Empty where nothing has a value, and in a probe.
+        """
+        if not self._plan:
+            return {}
+        norms = self._norms(segment, self._plan[0][0])
+        values = torch.stack([*norms.values()]).tolist()
+        return dict(zip(norms, values, strict=True))
+
     def each_step(self) -> Iterable[int]:
         """Return the numbers of the turn's steps, for a method that trains without `fit`; in a probe, one."""
         return range(self.steps)
@@ -287,11 +300,40 @@ class Turn:
             for name, value in (values or {}).items():
                 self._parameters[name].copy_(value)
 
-    def _optimizer(self, segment: Segment) -> LocalOptimizer:
+    def _norms(self, segment: Segment, indices: numpy.ndarray) -> dict[str, Tensor]:
+        self._freeze_all_but(segment)
+        norms: dict[str, Tensor] = {}
+
+        def release(name: str, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._saw(parameter.grad)
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+            norms[name] = norm / self.settings.loss_scale
+            parameter.grad = None
+
+        hooks = [
+            self._parameters[name].register_post_accumulate_grad_hook(partial(release, name))
+            for name in segment.trainable
+        ]
+        self.model.train()
+        try:
+            self._pass(segment.trainable, Pass(self.model, self._make_batch(indices), self.settings))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return norms
+
+    def _saw(self, gradient: Tensor) -> None:
+        """Hear of a gradient before it is released."""
+
+    def _freeze_all_but(self, segment: Segment) -> None:
         trainable = set(segment.trainable)
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trainable)
             parameter.grad = None
+
+    def _optimizer(self, segment: Segment) -> LocalOptimizer:
+        self._freeze_all_but(segment)
         chosen: dict[str, Tensor] = {name: self._parameters[name] for name in segment.trainable}
         optimizer = LocalOptimizer(chosen, {**self.received, **self._values}, self.settings)
         if self.moments != "reset":
@@ -400,6 +442,16 @@ class _ProbingTurn(Turn):
                 work = Pass(self.model, batch, self.settings, share, backward=False)
                 self._pass(segment.trainable, work)
         return 0.0
+
+    def gradient_norms(self, segment: Segment) -> dict[str, float]:
+        if self._is_target(segment):
+            self.met = True
+            self.tracker.mark_live("method")
+            self._norms(segment, self.largest_step()[0])
+        return {}
+
+    def _saw(self, gradient: Tensor) -> None:
+        self.tracker.mark([gradient], "gradient")
 
     def each_step(self) -> Iterable[int]:
         return range(1)

@@ -18,7 +18,8 @@ class CatalogueModel:
     """A model that a study can name by a label, with its dimensions, so that its costs need no network.
 
     `model_type` and `dimensions` make the Transformers configuration; the weights of an embedded
-    model come with a Python package instead of from the hub.
+    model come with a Python package instead of from the hub. With `own_code` the hub's configuration is for
+    code that comes with the weights, and the one here is used in its place.
     """
 
     title: str
@@ -27,6 +28,7 @@ class CatalogueModel:
     model_type: str
     dimensions: dict[str, Any] = field(repr=False)
     embedded: bool = False
+    own_code: bool = False
 
     def build_config(self) -> PreTrainedConfig:
         """Return the Transformers configuration with the dimensions written here."""
@@ -78,6 +80,20 @@ def _roberta(hidden: int, layers: int, heads: int) -> dict[str, Any]:
         "bos_token_id": 0,
         "pad_token_id": 1,
         "eos_token_id": 2,
+    }
+
+
+def _mobillama(hidden: int, feed_forward: int, positions: int, shared: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": feed_forward,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        "share_feed_forward": shared,
     }
 
 
@@ -222,23 +238,30 @@ CATALOGUE: dict[str, CatalogueModel] = {
             "pad_token_id": 0,
         },
     ),
-    # The number of key-value heads is not in the paper; with as many as query heads the model has the 0.5
-    # billion parameters of its name.
+    # The published configurations say four key-value heads, but their code never reads that number: keys and
+    # values have as many heads as queries, as the counts of parameters also show.
     "mobillama_05b": CatalogueModel(
         title="MobiLlama-0.5B, 535 million parameters, one feed-forward shared by all layers (Llama)",
         reference="arXiv:2402.16840",
         hub="MBZUAI/MobiLlama-05B",
         model_type="llama",
-        dimensions={
-            "vocab_size": 32000,
-            "hidden_size": 2048,
-            "num_hidden_layers": 22,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "intermediate_size": 5632,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "share_feed_forward": True,
-        },
+        dimensions=_mobillama(hidden=2048, feed_forward=5632, positions=2048, shared=True),
+        own_code=True,
+    ),
+    "mobillama_08b": CatalogueModel(
+        title="MobiLlama-0.8B, 819 million parameters, one feed-forward shared by all layers (Llama)",
+        reference="arXiv:2402.16840",
+        hub="MBZUAI/MobiLlama-08B",
+        model_type="llama",
+        dimensions=_mobillama(hidden=2560, feed_forward=10240, positions=2560, shared=True),
+        own_code=True,
+    ),
+    "mobillama_1b": CatalogueModel(
+        title="MobiLlama-1B, 1.26 billion parameters, a feed-forward in each layer (Llama)",
+        reference="arXiv:2402.16840",
+        hub="MBZUAI/MobiLlama-1B",
+        model_type="llama",
+        dimensions=_mobillama(hidden=2048, feed_forward=5632, positions=2048, shared=False),
+        own_code=True,
     ),
 }

@@ -111,7 +111,9 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
     place = find_place(config)
     if place.local:
         _require_safetensors(config, Path(place.name))
-    shape = _adapt(_read_config(config), config, kind, num_labels)
+    entry = CATALOGUE.get(config.source)
+    read = entry.build_config() if entry is not None and entry.own_code else _read_config(config)
+    shape = _adapt(read, config, kind, num_labels)
     auto_class = _auto_class(shape, config, kind)
     with reading(config, place), own_generator(derive(seed, "head")):
         model, report = auto_class.from_pretrained(
@@ -126,6 +128,7 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
             key_mapping=_key_mapping(shape, kind),
         )
     if getattr(shape, "share_feed_forward", False):
+        _require_one_feed_forward(model, report["missing_keys"], config)
         _share_feed_forward(model)
     _require_fit(model, report, config, kind)
     if kind in ("classification", "regression"):
@@ -226,6 +229,20 @@ def _share_feed_forward(model: PreTrainedModel) -> None:
     layers: Any = model.base_model.layers
     for layer in layers:
         layer.mlp = layers[0].mlp
+
+
+def _require_one_feed_forward(model: PreTrainedModel, missing: set[str], config: ModelConfig) -> None:
+    """Raise UserError if the checkpoint has feed-forwards that differ; it may store one, or one a layer."""
+    base: Any = model.base_model
+    first = dict(base.layers[0].mlp.named_parameters())
+    stored = {id(value) for name, value in model.named_parameters() if name not in missing}
+    for number, layer in enumerate(base.layers):
+        for name, value in layer.mlp.named_parameters():
+            if id(value) in stored and not torch.equal(value, first[name]):
+                raise UserError(
+                    f"model: {config.source!r} is to share one feed-forward, but the weights of layers 0 and "
+                    f"{number} differ"
+                )
 
 
 def _require_safetensors(config: ModelConfig, folder: Path) -> None:
