@@ -49,7 +49,7 @@ class FedBPT(Method):
     title = "FedBPT"
     reference = "arXiv:2310.01467"
     kinds = ("classification",)
-    search = {"spread": LogRange(0.1, 10), "sigma": LogRange(0.1, 3)}
+    search = {"spread": LogRange(1, 100), "sigma": LogRange(0.1, 3)}
 
     class Config(MethodConfig):
         """The prompt, the search, and how the model answers."""
