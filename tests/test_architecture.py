@@ -147,6 +147,14 @@ def test_the_page_lists_the_packages_as_they_are():
     assert PAGE.read_text("utf-8") == page(), "out of date: run `python -m tests.test_architecture`"
 
 
+def test_every_method_has_a_page():
+    pages = ROOT / "docs" / "methods"
+    controls = (pages / "controls.md").read_text("utf-8")
+    names = [path.stem for path in sorted((ROOT / "methods").glob("*.py"))]
+    missing = [name for name in names if not (pages / f"{name}.md").is_file() and f"`{name}`" not in controls]
+    assert not missing, f"no page in docs/methods: {', '.join(missing)}"
+
+
 # A small repository without a fault.
 SOUND = {
     "fedlm/__init__.py": '"""The suite."""',
