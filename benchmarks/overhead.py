@@ -62,7 +62,7 @@ def main() -> None:
             training,
             1,
         )
-        federation._score = lambda indices: {data.metric: 0.0}
+        federation.scorer.score = lambda indices: {data.metric: 0.0}
         bare = Bare(loading.load(source, data.kind, data.num_labels, 1), data, parts, training)
         turn, spent = federation._turn, {"bare": 0.0, "steps": 0}
 

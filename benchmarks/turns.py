@@ -69,7 +69,7 @@ def main() -> None:
                 1,
                 loading.max_positions(source),
             )
-            federation._score = lambda indices: {data.metric: 0.0}
+            federation.scorer.score = lambda indices: {data.metric: 0.0}
             federation.run()
             turns = options.rounds * options.clients
             spent = {

@@ -341,8 +341,8 @@ def test_the_model_scored_is_the_servers(place):
 def test_the_test_split_is_scored_once(place):
     run = worlds.federation("fedavg", place, rounds=3)
     scored = []
-    score = run._score
-    run._score = lambda indices: (scored.append(indices is run.split.test), score(indices))[1]
+    score = run.scorer.score
+    run.scorer.score = lambda indices: (scored.append(indices is run.split.test), score(indices))[1]
     run.run()
     assert scored == [False] * 4 + [True]
 

@@ -349,7 +349,7 @@ def test_one_score_is_that_of_the_servers_model_and_the_other_the_mean_over_the_
     run.run()
 
     def score(model):
-        return run._score_model(model, run.split.test)[run.data.metric]
+        return run.scorer.of_model(model, run.split.test)[run.data.metric]
 
     own = [score(model) for model in run.method._personal(run.server)]
     assert len(own) == 3

@@ -266,7 +266,7 @@ def test_the_curve_over_the_ratio_goes_from_the_clean_score_to_chance(place):
     scores = {}
     for snr in (None, 60.0, 10.0, 0.0, -20.0):
         run.method.config = run.method.config.model_copy(update={"snr": snr})
-        scores[snr] = run._score(run.split.test)
+        scores[snr] = run.scorer.score(run.split.test)
     assert scores[10.0] == run.test and scores[None]["accuracy"] > 0.9 > 0.7 > scores[-20.0]["accuracy"]
     assert scores[60.0]["loss"] == pytest.approx(scores[None]["loss"], rel=0.01)
     losses = [score["loss"] for score in scores.values()]

@@ -156,12 +156,12 @@ def scored(run, monkeypatch) -> list[int]:
         counts[-1] += 1
         return score(*arguments)
 
-    def scoring(indices, scores=run._score):
+    def scoring(indices, scores=run.scorer.score):
         counts.append(0)
         return scores(indices)
 
     monkeypatch.setattr(loop, "score", counted)
-    run._score = scoring
+    run.scorer.score = scoring
     run.run()
     monkeypatch.setattr(loop, "score", score)
     return counts

@@ -17,18 +17,19 @@ from fedlm.federation.state import Segment
 from fedlm.measure.memory import MemoryTracker
 from fedlm.models.parts import Parts
 
+Run = Callable[[PartPass], Tensor]
+
 
 class Frozen:
-    """The frozen parts of a turn's segments (see `Segment`); `run` makes a pass through some of them."""
+    """The frozen parts of a turn's segments (see `Segment`).
+
+    `run` makes a pass through some of them; it is not kept, since it holds the turn.
+    """
 
     def __init__(
-        self,
-        model: Module,
-        make_batch: Callable[[numpy.ndarray], Batch],
-        settings: Training,
-        run: Callable[[PartPass], Tensor],
+        self, model: Module, make_batch: Callable[[numpy.ndarray], Batch], settings: Training
     ) -> None:
-        self.model, self.make_batch, self.settings, self.run = model, make_batch, settings, run
+        self.model, self.make_batch, self.settings = model, make_batch, settings
         self.parts = Parts(model)
         self._parameters = dict(model.named_parameters())
         self._apart: dict[str, Tensor] = {}  # parameters that are out of the model for a while
@@ -55,7 +56,7 @@ class Frozen:
             for name in names:
                 self._parameters[name].data = self._apart.pop(name).to(device)
 
-    def store(self, segment: Segment, plan: list[Step]) -> None:
+    def store(self, segment: Segment, plan: list[Step], run: Run) -> None:
         """Compute what comes out of the frozen parts for all examples of a plan, if the segment stores it."""
         if not segment.stored:
             return
@@ -65,7 +66,7 @@ class Frozen:
         for part, names in enumerate(segment.frozen):
             with self._back(names):
                 for number, indices in enumerate(passes):
-                    hidden[number] = self._next(part, indices, hidden[number])
+                    hidden[number] = self._next(part, indices, hidden[number], run)
         for indices, values in zip(passes, hidden, strict=True):
             assert values is not None
             begin = 0
@@ -74,7 +75,7 @@ class Frozen:
                 begin += windows
 
     def begin(
-        self, segment: Segment, indices: numpy.ndarray, batch: Batch
+        self, segment: Segment, indices: numpy.ndarray, batch: Batch, run: Run
     ) -> Callable[[], AbstractContextManager]:
         """Return how a training pass over some examples begins: behind the frozen parts, if there are any."""
         if not segment.frozen:
@@ -82,7 +83,7 @@ class Frozen:
         if segment.stored:
             hidden = self._stored(indices, batch)
         else:
-            hidden = self._through(0, len(segment.frozen) - 1, batch)
+            hidden = self._through(0, len(segment.frozen) - 1, batch, None, run)
         return partial(self.parts.behind, len(segment.frozen), hidden)
 
     def _stored(self, indices: numpy.ndarray, batch: Batch) -> Tensor:
@@ -101,12 +102,12 @@ class Frozen:
     def _visits(self, plan: list[Step]) -> list[numpy.ndarray]:
         return first_visits(plan)
 
-    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
+    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None, run: Run) -> Tensor:
         """Return what comes out of a part for some examples, given what came out of the one before."""
-        return self._through(part, part, self.make_batch(indices), hidden)
+        return self._through(part, part, self.make_batch(indices), hidden, run)
 
-    def _through(self, first: int, last: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
-        return self.run(PartPass(self.parts, first, last, batch, self.settings, hidden))
+    def _through(self, first: int, last: int, batch: Batch, hidden: Tensor | None, run: Run) -> Tensor:
+        return run(PartPass(self.parts, first, last, batch, self.settings, hidden))
 
     def _windows(self, indices: numpy.ndarray, total: int) -> list[int]:
         """Return how many rows each example has in a batch of so many."""
@@ -130,30 +131,22 @@ class Frozen:
 
 
 class ProbedFrozen(Frozen):
-    """The same under a memory tracker: only the largest batch is computed, others have its output's size.
+    """The same under a memory tracker: only the largest batch is computed, others have its output's size."""
 
-    `tokens` returns the size of a batch.
-    """
-
-    def __init__(
-        self,
-        frozen: Frozen,
-        run: Callable[[PartPass], Tensor],
-        tracker: MemoryTracker,
-        tokens: Callable[[numpy.ndarray], int],
-    ) -> None:
-        super().__init__(frozen.model, frozen.make_batch, frozen.settings, run)
-        self.tracker, self.tokens = tracker, tokens
+    def __init__(self, frozen: Frozen, tracker: MemoryTracker) -> None:
+        super().__init__(frozen.model, frozen.make_batch, frozen.settings)
+        self.tracker = tracker
         self._apart = frozen._apart
         self._largest: numpy.ndarray | None = None
 
     def _visits(self, plan: list[Step]) -> list[numpy.ndarray]:
-        return sorted(super()._visits(plan), key=self.tokens, reverse=True)
+        size = getattr(self.make_batch, "size", len)
+        return sorted(super()._visits(plan), key=size, reverse=True)
 
-    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None) -> Tensor:
+    def _next(self, part: int, indices: numpy.ndarray, hidden: Tensor | None, run: Run) -> Tensor:
         if self._largest is None or self._largest is indices:
             self._largest = indices
-            self._like = super()._next(part, indices, hidden)
+            self._like = super()._next(part, indices, hidden, run)
             return self._like
         if hidden is not None:
             return hidden

@@ -1,8 +1,7 @@
 """The federation: one loop for every method."""
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +9,16 @@ import numpy
 import torch
 from torch import Tensor
 
-from fedlm.base.errors import DivergedRun
 from fedlm.base.randomness import numpy_stream
 from fedlm.data.prepared import Prepared, Split
 from fedlm.exchange import payload, pruning
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.method import Method
 from fedlm.federation.rounds import Rounds
-from fedlm.federation.scoring import score
+from fedlm.federation.scorer import Scorer
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
-from fedlm.federation.stored import Kept, Stored
+from fedlm.federation.stored import Stored
 from fedlm.measure.memory import older_objects_set_aside
 
 if TYPE_CHECKING:
@@ -70,8 +68,7 @@ class Federation(Rounds):
             device,
         )
         self.rounds: list[dict[str, Any]] = []
-        # By split (its examples), the scores of the models that clients keep, by version.
-        self._scored: dict[bytes, dict[str, dict[str, float]]] = {}
+        self.scorer = Scorer(self, self.data)
         self.began, self.spent = time.perf_counter(), 0.0  # spent: seconds of processes that were interrupted
 
     def run(self, checkpoints: Checkpoints | None = None, test: bool = True) -> None:
@@ -86,60 +83,21 @@ class Federation(Rounds):
             if checkpoints:
                 self._resume(checkpoints)
             if not self.rounds:
-                self.baseline = self._score(self.split.validation)
+                self.baseline = self.scorer.score(self.split.validation)
             for round in range(len(self.rounds) + 1, self.settings.rounds + 1):
                 before = self.flops, self.queries
                 clients = self.play(round)
                 self._close(round, clients, self.flops - before[0], self.queries - before[1])
                 if checkpoints:
                     checkpoints.round_ended(round, self._state)
-            self.test = self._score(self.split.test) if test else None
-            self.further = self._score_further(self.split.test) if test else {}
-
-    def _score(self, indices: numpy.ndarray) -> dict[str, float]:
-        """Return the metrics of the server's model (the mean over models, where a method has several).
-
-        A model that a client keeps has been scored before where it did not change since.
-        """
-        before = self._scored.pop(split := indices.tobytes(), {})
-        found, kept = [], {}
-        for values in self.method.models(self.server):
-            version = values.version() if isinstance(values, Kept) else None
-            scores = before.get(version or "") or self._score_model(values, indices)
-            found.append(scores)
-            if version:
-                kept[version] = scores
-        self._scored[split] = kept
-        means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-        for name, value in means.items():
-            self._require_finite(f"the {name} of the server's model", value)
-        return means
-
-    def _score_further(self, indices: numpy.ndarray) -> dict[str, float]:
-        """Return the mean metric of the models that the method has scored besides, by name."""
-        found = {}
-        for name, models in self.method.further(self.server).items():
-            scores = [self._score_model(values, indices)[self.data.metric] for values in models]
-            found[name] = sum(scores) / len(scores)
-            self._require_finite(name, found[name])
-        return found
-
-    def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise DivergedRun(f"method {self.method.name}: {what} is {value}")
-
-    def _score_model(self, values: Mapping[str, Tensor], indices: numpy.ndarray) -> dict[str, float]:
-        self.load({name: values[name] for name in self.method.exchanged})
-        batch_size = self.training.scoring_batch_size
-        autocast = self.training.autocast and getattr(torch, self.training.autocast)
-        with self.method.answering(self.model, self.server):
-            return score(self.model, self.data, indices, batch_size, self.device, autocast)
+            self.test = self.scorer.score(self.split.test) if test else None
+            self.further = self.scorer.further(self.split.test) if test else {}
 
     def _close(self, round: int, clients: list[int], flops: int, queries: int) -> None:
         """Score the server's model, record the round, log a line."""
         due = round % self.training.score_every == 0 or round == self.settings.rounds
         with self._timed("score"):
-            validation = self._score(self.split.validation) if due else None
+            validation = self.scorer.score(self.split.validation) if due else None
         examples = sum(count for _, count in self.losses)
         payloads = self.ledger.close_round()
         self.rounds.append(

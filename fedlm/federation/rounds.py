@@ -114,7 +114,7 @@ class Rounds:
             self.link.merged(cohort)
             self._own_upload()
         except StorageError as error:
-            raise self._failed(round, cohort, error) from error
+            raise _failed(self.method, round, cohort, error) from error
         self.clock["merge"] += time.perf_counter() - started - (sum(self.clock.values()) - turns)
 
     def _uploads(self, cohort: list[int], round: int) -> Iterator[Upload]:
@@ -124,7 +124,7 @@ class Rounds:
             try:
                 upload = self._turn(client, round)
             except (TurnError, PayloadError, StorageError) as error:
-                raise self._failed(round, [client], error) from error
+                raise _failed(self.method, round, [client], error) from error
             if upload:
                 self.link.uploaded(client, upload.tensors)
                 self._uploaded = weakref.ref(upload.tensors)
@@ -139,12 +139,6 @@ class Rounds:
         upload = self._uploaded() if self._uploaded else None
         if isinstance(upload, Received):
             upload.own_all()
-
-    def _failed(self, round: int, clients: list[int], error: Exception) -> FailedRun:
-        where = f"client {clients[0]}" if len(clients) == 1 else f"clients {clients[0]} to {clients[-1]}"
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, StorageError) else error
-        kind = DivergedRun if isinstance(error, NotFiniteError) else FailedRun
-        return kind(f"method {self.method.name}, round {round}, {where}: {reason}")
 
     def _turn(self, client: int, round: int) -> Upload | None:
         """Let one client download, train and upload."""
@@ -221,6 +215,13 @@ class Rounds:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.clock[kind] += time.perf_counter() - started
+
+
+def _failed(method: Method, round: int, clients: list[int], error: Exception) -> FailedRun:
+    where = f"client {clients[0]}" if len(clients) == 1 else f"clients {clients[0]} to {clients[-1]}"
+    reason = f"{error.filename}: {error.strerror}" if isinstance(error, StorageError) else error
+    kind = DivergedRun if isinstance(error, NotFiniteError) else FailedRun
+    return kind(f"method {method.name}, round {round}, {where}: {reason}")
 
 
 def _require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -105,7 +105,7 @@ class Turn:
         self._crossed: dict[Way, int] = {}  # in each direction, the last pass whose message was counted
         self._values: dict[str, Tensor] = {}
         self._parameters = dict(model.named_parameters())
-        self._frozen = Frozen(model, make_batch, settings, self._run_part)
+        self._frozen = Frozen(model, make_batch, settings)
 
     def arguments(self) -> dict[str, Any]:
         """Return what this turn was made of, for another turn of the same work."""
@@ -171,7 +171,7 @@ class Turn:
             return
         plan = self._plan[self._done : self._done + segment.steps]
         with self._frozen.apart(segment):
-            self._frozen.store(segment, plan)
+            self._frozen.store(segment, plan, self._run_part)
             optimizer = self._optimizer(segment)
             total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
             self._train_mode(segment)
@@ -368,7 +368,7 @@ class Turn:
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
         added = None if term is None else lambda: term(optimizer.parameters)
         for indices, (batch, share) in zip(step, self._weighted(step), strict=True):
-            begin = self._frozen.begin(segment, indices, batch)
+            begin = self._frozen.begin(segment, indices, batch, self._run_part)
             work = Pass(self.model, batch, self.settings, share, term=added, begin=begin)
             loss += self._pass(segment.trainable, work)
         factor = rate_factor(*self._progress(), self.settings)
@@ -416,14 +416,14 @@ class _ProbingTurn(Turn):
     def __init__(self, turn: Turn, target: Segment, tracker: MemoryTracker) -> None:
         super().__init__(**{**turn.arguments(), "kept": dict(turn.kept)})
         self.target, self.tracker, self.met = target, tracker, False
-        self._frozen = ProbedFrozen(turn._frozen, self._run_part, tracker, self._tokens)
+        self._frozen = ProbedFrozen(turn._frozen, tracker)
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
     def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
         if self._is_target(segment):
             self.met = True
             self.tracker.mark_live("method")
-            self._frozen.store(segment, self._plan[self._done : self._done + segment.steps])
+            self._frozen.store(segment, self._plan[self._done : self._done + segment.steps], self._run_part)
             with self.tracker.paused():
                 optimizer = self._optimizer(segment)
                 optimizer.make_state()

@@ -270,7 +270,7 @@ def _seconds_to_score(federation: Any, examples: numpy.ndarray) -> float:
     """Return the seconds for one example."""
     some = examples[:SCORED]
     started = time.perf_counter()
-    federation._score_model(federation.server.tensors, some)
+    federation.scorer.of_model(federation.server.tensors, some)
     return (time.perf_counter() - started) / len(some)
 
 
