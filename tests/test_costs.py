@@ -240,7 +240,7 @@ def test_predictions_for_the_jobs_of_a_study(tmp_path):
     [
         (["--model", "roberta_base", "--length", 600], "--length: 600; allowed: at most 512"),
         (["--model", "bert_huge"], "model: unknown label 'bert_huge'"),
-        (["--method", "fedsgd"], "--method: 'fedsgd'; allowed: centralized, embracingfl"),
+        (["--method", "fedsgd"], "--method: 'fedsgd'; allowed: blockllm, centralized"),
         (["--model", "minilm", "--weights", "int4"], "--weights: 'int4'"),
         (["--model", "minilm", "--kind", "poetry"], "--kind: 'poetry'; allowed: classification"),
         (["--model", "minilm", "--kind", "causal"], "reads text in both directions"),
