@@ -231,6 +231,7 @@ class FedBPT(Method):
         return {**server.tensors, "sigma": state["sigma"].float(), "covariance": triangle.float()}
 
     def train(self, turn: Turn) -> None:
+        import numpy
         import torch
 
         (segment,) = self.segments(turn.client, turn.round, turn.steps)
@@ -248,12 +249,13 @@ class FedBPT(Method):
             }
             return
         stream = numpy_stream(self.seed, "population", turn.round, turn.client)
-        held[0][tuple(_upper(size))] = covariance.double()
-        full = held[0].triu() + held[0].triu(1).T
+        held.zero_()[0][tuple(_upper(size))] = covariance.double()
+        full = held[0].numpy()
+        full += numpy.triu(full, 1).T
         strategy = _strategy(
             turn.received[self.exchanged[0]].double().numpy(),
             float(turn.received["sigma"]),
-            full.numpy(),
+            full,
             stream,
             self.config.population,
         )

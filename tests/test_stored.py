@@ -11,7 +11,7 @@ from safetensors.torch import load
 
 from fedlm.base.errors import FailedRun
 from fedlm.exchange import payload
-from fedlm.federation import loop
+from fedlm.federation import scorer
 from fedlm.federation.checkpoint import Checkpoints, remove_checkpoints
 from fedlm.federation.stored import ClientStates, Kept, StorageError, Store
 from fedlm.federation.turn import Turn
@@ -150,7 +150,7 @@ def test_a_version_is_that_of_all_values(store):
 
 def scored(run, monkeypatch) -> list[int]:
     """Run; return how many models were scored in each scoring: the baseline, each round, the test."""
-    counts, score = [], loop.score
+    counts, score = [], scorer.score
 
     def counted(*arguments):
         counts[-1] += 1
@@ -160,10 +160,10 @@ def scored(run, monkeypatch) -> list[int]:
         counts.append(0)
         return scores(indices)
 
-    monkeypatch.setattr(loop, "score", counted)
+    monkeypatch.setattr(scorer, "score", counted)
     run.scorer.score = scoring
     run.run()
-    monkeypatch.setattr(loop, "score", score)
+    monkeypatch.setattr(scorer, "score", score)
     return counts
 
 
