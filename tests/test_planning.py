@@ -101,7 +101,7 @@ def test_what_is_not_here_is_named(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "not measured: films/iid/fedavg: model: " in shown and "safetensors" in shown
     # What follows from the model's shape is there all the same.
-    assert "study: 1 runs, 0 finished, 1 left" in shown and "time: about not known" in shown
+    assert "study: 1 runs, 0 finished, 1 left" in shown and "time: not known here" in shown
     assert "memory: up to 2" in shown
 
 

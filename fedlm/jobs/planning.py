@@ -322,11 +322,14 @@ def describe(found: Plan, study: Study) -> list[str]:
     lines.append("")
     lines.append(f"{study.study}: {runs} runs, {runs - left} finished, {left} left")
     if left:
-        lines.append(
-            f"time: about {_known(found.seconds)} with {found.at_a_time} "
-            f"{'run' if found.at_a_time == 1 else 'runs'} at a time; "
-            f"{_known(found.processor_seconds)} of processor time"
-        )
+        at_a_time = f"{found.at_a_time} {'run' if found.at_a_time == 1 else 'runs'} at a time"
+        if math.isnan(found.seconds):
+            lines.append(f"time: not known here (see below); {at_a_time}")
+        else:
+            lines.append(
+                f"time: about {duration(found.seconds)} with {at_a_time}; "
+                f"{duration(found.processor_seconds)} of processor time"
+            )
         lines.append(
             f"memory: up to {significant(max(p.request_mb for p in found.pieces if p.left) / 1e3)} GB a job"
         )
