@@ -48,3 +48,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# They fork the test process, which is safe only while it has not started threads, as other tests' libraries do.
+FORKING = ("test_kills.py", "test_faults.py", "test_stored.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Run the files that fork first."""
+    items.sort(key=lambda item: item.path.name not in FORKING)
