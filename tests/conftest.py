@@ -50,7 +50,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# They fork the test process, which is safe only while it has not started threads, as other tests' libraries do.
+# They fork the test process, which is safe only while no library has started threads in it.
 FORKING = ("test_kills.py", "test_faults.py", "test_stored.py")
 
 
