@@ -132,6 +132,7 @@ class FedBPT(Method):
 
     def _template(self, tokenizer: Any, decoder: bool, words: bool, vocabulary: int) -> tuple[Template, int]:
         """Return where tokens are added, and how many follow the token that stands for the class."""
+        from fedlm.data.tokenising import special_tokens
         from fedlm.models.readout import Template
 
         before, _, behind = self.config.template.partition("{}")
@@ -144,7 +145,8 @@ class FedBPT(Method):
         else:
             starts, ends = (tokenizer.encode(part, add_special_tokens=False) for part in (before, behind))
             added = [*starts, *([] if decoder else [tokenizer.mask_token_id]), *ends]
-            after, special = len(ends), _special_tokens(tokenizer)
+            leading, trailing = special_tokens(tokenizer)
+            after, special = len(ends), (len(leading), len(trailing))
         fillers = [(FILLERS + number) % vocabulary for number in range(self.config.tokens)]
         return Template(fillers, added if words else [], *special), after + special[1]
 
@@ -234,6 +236,8 @@ class FedBPT(Method):
         import numpy
         import torch
 
+        from fedlm.models.fake import has_values
+
         (segment,) = self.segments(turn.client, turn.round, turn.steps)
         size = self.config.dimensions
         covariance = turn.received["covariance"]
@@ -274,6 +278,8 @@ class FedBPT(Method):
     def merge(self, server: Server, uploads: Iterable[Upload], round: int) -> None:
         import numpy
         import torch
+
+        from fedlm.models.fake import has_values
 
         (name,) = self.exchanged
         points, fitness, squares = [], [], []
@@ -365,13 +371,6 @@ class FedBPT(Method):
             self.model.corruption = None
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Return whether a tensor has values, which those of a prediction do not."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
-
-
 def step_size(sigmas: list[list[float]], population: int) -> float:
     """Return the server's step size before it takes the clients' points, from the clients' own.
 
@@ -435,11 +434,3 @@ def _tokenizer(model: PreTrainedModel) -> Any:
         if next(model.parameters()).is_meta:
             return None
         raise
-
-
-def _special_tokens(tokenizer: Any) -> tuple[int, int]:
-    """Return how many special tokens the tokenizer puts before and after a text."""
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
-    before = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
-    return before, len(whole) - len(bare) - before

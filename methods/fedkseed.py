@@ -154,11 +154,11 @@ class FedKSeed(Method):
 
     def _draw(self, turn: Turn) -> numpy.ndarray:
         """Return the number of each step's direction, drawn with replacement."""
-        from torch._subclasses.fake_tensor import FakeTensor
+        from fedlm.models.fake import has_values
 
         stream = numpy_stream(self.seed, "directions", turn.round, turn.client)
         chances = turn.received.get("probabilities")
-        if chances is None or chances.is_meta or isinstance(chances, FakeTensor):
+        if chances is None or not has_values(chances):
             return stream.integers(self.config.seeds, size=turn.steps)
         exact = chances.double().numpy()
         return stream.choice(self.config.seeds, turn.steps, p=exact / exact.sum())

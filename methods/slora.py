@@ -167,11 +167,12 @@ class SLoRA(FedLoRA):
     def _mask(self, name: str, turn: Turn) -> Tensor:
         """Return which entries of a matrix a turn trains, as bool; where nothing has a value, any."""
         import torch
-        from torch._subclasses.fake_tensor import FakeTensor
+
+        from fedlm.models.fake import has_values
 
         like = turn.received[name]
         mask = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
-        if isinstance(like, FakeTensor) or like.is_meta:
+        if not has_values(like):
             return mask
         if self.config.mask == "own":
             return self._draw(name, turn.round, turn.client).to(like.device)

@@ -64,7 +64,7 @@ def tokenise(task: Task, corpus: Corpus, tokenizer: Any) -> "Prepared":
     A bar shows the progress where standard error is a terminal.
     """
     rows, config = corpus.rows, task.config
-    leading, trailing = _special_tokens(tokenizer)
+    leading, trailing = special_tokens(tokenizer)
     encode = {"causal": _causal_windows, "question_answering": _answer_windows}.get(task.kind, _text_windows)
     # In chunks, since Python's lists of numbers take ten times the memory of arrays.
     chunks = [rows.iloc[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
@@ -213,7 +213,7 @@ def _span(characters: numpy.ndarray, start: int, end: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from fedlm.federation.passes import Batch, PartPass, Step
 from fedlm.federation.settings import Training
@@ -27,11 +27,15 @@ class Frozen:
     """
 
     def __init__(
-        self, model: Module, make_batch: Callable[[numpy.ndarray], Batch], settings: Training
+        self,
+        model: Module,
+        parameters: dict[str, Parameter],
+        make_batch: Callable[[numpy.ndarray], Batch],
+        settings: Training,
     ) -> None:
         self.model, self.make_batch, self.settings = model, make_batch, settings
         self.parts = Parts(model)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = parameters
         self._apart: dict[str, Tensor] = {}  # parameters that are out of the model for a while
         self._hidden: dict[int, Tensor] = {}  # what comes out of the frozen parts, by example
 
@@ -134,7 +138,7 @@ class ProbedFrozen(Frozen):
     """The same under a memory tracker: only the largest batch is computed, others have its output's size."""
 
     def __init__(self, frozen: Frozen, tracker: MemoryTracker) -> None:
-        super().__init__(frozen.model, frozen.make_batch, frozen.settings)
+        super().__init__(frozen.model, frozen._parameters, frozen.make_batch, frozen.settings)
         self.tracker = tracker
         self._apart = frozen._apart
         self._largest: numpy.ndarray | None = None

@@ -7,13 +7,13 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 
 from fedlm.exchange.declared import Way
 from fedlm.federation.scoring import losses
 from fedlm.federation.settings import Training
 from fedlm.models.config import Kind
+from fedlm.models.fake import has_values
 from fedlm.models.parts import Parts
 
 Batch = dict[str, Tensor]
@@ -134,7 +134,7 @@ def targets(batch: Batch) -> int:
         return len(next(iter(batch.values())))
     if labels.is_floating_point() or labels.dim() == 1:
         return len(labels)
-    if labels.is_meta or isinstance(labels, FakeTensor):
+    if not has_values(labels):
         return 1
     return max(1, int((labels[:, 1:] != -100).sum()))
 

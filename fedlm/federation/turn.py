@@ -105,7 +105,7 @@ class Turn:
         self._crossed: dict[Way, int] = {}  # in each direction, the last pass whose message was counted
         self._values: dict[str, Tensor] = {}
         self._parameters = dict(model.named_parameters())
-        self._frozen = Frozen(model, make_batch, settings)
+        self._frozen = Frozen(model, self._parameters, make_batch, settings)
 
     def arguments(self) -> dict[str, Any]:
         """Return what this turn was made of, for another turn of the same work."""

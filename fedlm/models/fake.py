@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedModel
 
 from fedlm.models.config import Kind, ModelConfig
@@ -62,6 +62,11 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         to_fake(copied)
         yield copied
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has values, which those of a prediction do not."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def to_fake(model: nn.Module) -> None:
