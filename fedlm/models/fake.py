@@ -66,7 +66,8 @@ def fake_copy(model: nn.Module) -> Iterator[nn.Module]:
 
 def has_values(tensor: torch.Tensor) -> bool:
     """Return whether a tensor has values, which those of a prediction do not."""
-    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    # In this order: asking a fake tensor where it is would count as a use of it under a memory tracker.
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
 
 
 def to_fake(model: nn.Module) -> None:
