@@ -81,7 +81,7 @@ class Watched:
     def decoded(self, message: bytes):
         from fedlm.exchange import payload
 
-        return payload.decode(message, self.run.link.expected("down"))
+        return payload.decode(message, self.run.link.expected("down", 0))
 
     def server_weights(self, round: int) -> dict[str, torch.Tensor]:
         """Return the adapted weights of the server's model after a round."""

@@ -48,9 +48,9 @@ class Watched:
             self.end[self.now] = turn.values([method.prefix])[method.prefix].clone()
             return upload(turn)
 
-        def noted_accept(message, known=None):
+        def noted_accept(client, message, known=None):
             self.up[self.now] = message
-            return accept(message, known)
+            return accept(client, message, known)
 
         def noted_merge(server, uploads, round):
             merge(server, uploads, round)

@@ -93,7 +93,7 @@ class Watched:
             return send(client, round)
 
         def noted_receive(client, message):
-            self.turns[-1].down = set(payload.decode(message, run.link.expected("down")))
+            self.turns[-1].down = set(payload.decode(message, run.link.expected("down", client)))
             return receive(client, message)
 
         def noted_fit(turn, segment, *doors):

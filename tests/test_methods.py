@@ -50,6 +50,14 @@ SETTINGS = {
         {"federation": {"budgets": [{"share": 0.4, "memory": "200 KB"}]}},
         {"federation": {"budgets": [{"share": 0.4, "memory": "240 KB"}]}, "activations": "recomputed"},
     ],
+    "heterofl": [
+        {"federation": {"budgets": [{"share": 0.4, "memory": "200 KB"}]}},
+        {
+            "federation": {"budgets": [{"share": 0.7, "memory": "160 KB"}]},
+            "scaler": False,
+            "weights": "examples",
+        },
+    ],
     "fedadapter": [{"placement": "feed_forward", "width": 3}],
     "fedpeptao": [{"share": 1.0}, {"layers": [2, 0], "moments": "reset"}],
     "fedlora": [{"variant": v} for v in ("ffa", "fedsa", "rolora", "flexlora", "fedex")],
@@ -238,7 +246,8 @@ def uploads(method, place, settings, **changes) -> list[tuple[set[str], dict, di
         values = {name: value.clone() for name, value in turn.values(sorted(trained)).items()}
         sent = upload(turn)
         known = {name: turn.received[name] for name in payload.changed(sent)}
-        arrived = payload.decode(payload.encode(sent), run.link.expected("up"), own=True, known=known)
+        expected = run.link.expected("up", turn.client)
+        arrived = payload.decode(payload.encode(sent), expected, own=True, known=known)
         found.append((trained, values, arrived))
         return sent
 

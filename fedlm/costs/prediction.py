@@ -176,7 +176,11 @@ class _Recorded:
 
     def passes(self, instance: _Instance, batch: Batch, backward: bool) -> None:
         """Record a pass over one batch."""
-        shapes = (backward, *((name, tuple(value.shape)) for name, value in batch.items()))
+        shapes = (
+            backward,
+            self.instruments.level,
+            *((name, tuple(one.shape)) for name, one in batch.items()),
+        )
         work = _Work(tuple(instance.segment.trainable), self.instruments.dropped, shapes)
         self.count[work] += 1
         self.where.setdefault(work, instance)
@@ -209,14 +213,14 @@ class _Rehearsal(Rounds):
         self.instruments.memory.clear()
         self.instruments.largest.clear()
         turn, segment = instance.turn, instance.segment
-        with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
+        with self._copy_of(turn):
             turn.again().probe([segment], self.method.train)
         return self.instruments.memory[segment.label]
 
     def flops_of(self, instance: _Instance, backward: bool) -> int:
         """Return the FLOPs of an instance, done on fake tensors unless an equal one was done before."""
         turn, trained = instance.turn, set(instance.segment.trainable)
-        with self.link.depth(turn.client, turn.round) as self.instruments.dropped:
+        with self._copy_of(turn):
             self.model.train(backward)
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in trained)
@@ -233,6 +237,16 @@ class _Rehearsal(Rounds):
             found = self.instruments.flops_of(segment.trainable, batch, work, backward)
             self.model.zero_grad()
         return found + again
+
+    @contextmanager
+    def _copy_of(self, turn: Turn) -> Iterator[None]:
+        """Let the model be the copy of a turn's client."""
+        self.instruments.level = self.method.level.get(turn.client, 0)
+        with (
+            self.method.shaped(self.model, turn.client),
+            self.link.depth(turn.client, turn.round) as self.instruments.dropped,
+        ):
+            yield
 
     def _through_frozen(self, segment: Segment, batch: Batch) -> tuple[Tensor, int]:
         """Return what comes out of a segment's frozen parts for a batch, and their FLOPs."""

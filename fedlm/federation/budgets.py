@@ -144,7 +144,7 @@ def _peak(
     instruments = Instruments()
     before, method.level = method.level, {0: level}
     try:
-        with fake_copy(model) as copied:
+        with fake_copy(model) as copied, method.shaped(copied, 0):
             parameters = dict(copied.named_parameters())
             received = {name: torch.empty_like(parameters[name]) for name in method.exchanged}
             turn = Turn(

@@ -74,11 +74,12 @@ class Link:
             self.linear = pruning.linear_weights(model)
             require_reducible(self.method, self.anatomy)
 
-    def expected(self, way: Way) -> dict[str, Tensor | Declared]:
-        """Return, for every name that may be in a payload, its declaration or a tensor like it."""
-        expected: dict[str, Tensor | Declared] = {**self.server.initial, **self._declared(way)}
+    def expected(self, way: Way, client: int) -> dict[str, Tensor | Declared]:
+        """Return, for every name that may be in a client's payload, its declaration or a tensor like it."""
+        like = self._zeros(client)
+        expected: dict[str, Tensor | Declared] = {**like, **self._declared(way)}
         if self.config.moments == "handed_on":
-            for name, value in self.server.initial.items():
+            for name, value in like.items():
                 expected |= {f"{name}@{key}": value for key in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
                 expected[f"{name}@step"] = torch.zeros(())
         return expected
@@ -143,8 +144,7 @@ class Link:
         file for as long as they are held. Raises StorageError where what the client keeps cannot be stored.
         """
         # Elements that the method did not send are zero.
-        zeros = {name: value.new_zeros(()).expand(value.shape) for name, value in self.server.initial.items()}
-        decoded = payload.decode(message, self.expected("down"), known=zeros)
+        decoded = payload.decode(message, self.expected("down", client), known=self._zeros(client))
         self._require_declared(decoded, "down")
         if self.config.cache == "last_visit":
             self._put_away(self._replaced())
@@ -152,16 +152,19 @@ class Link:
         copies = {name: copy.load() for name, copy in self.copies.get(client, {}).items()}
         kept = self.server.kept.get(client, {})
         own = {name: kept[name] for name in kept if "@" not in name}
-        return {**self.server.initial, **copies, **own, **decoded}
+        has = {**copies, **own, **decoded}
+        initial = self.server.initial
+        others = self.method.held(client, {name: initial[name] for name in initial if name not in has})
+        return {**initial, **others, **has}
 
     def accept(
-        self, message: payload.Message | bytes, known: Mapping[str, Tensor] | None = None
+        self, client: int, message: payload.Message | bytes, known: Mapping[str, Tensor] | None = None
     ) -> payload.Received:
         """Return what the server receives from a client, each tensor copied when it is asked for.
 
         `known` holds what the server has already of tensors that arrive in part.
         """
-        received = payload.receive(message, self.expected("up"), known)
+        received = payload.receive(message, self.expected("up", client), known)
         self._require_declared(received, "up")
         return received
 
@@ -259,6 +262,11 @@ class Link:
         copies = {name: copy for name, reference in replaced.items() if (copy := reference()) is not None}
         for name, stored in self.server.store.adopt({n: copy.value for n, copy in copies.items()}).items():
             copies[name].value = stored
+
+    def _zeros(self, client: int) -> Mapping[str, Tensor]:
+        """Return zeros, which take no memory, in the shapes of the client's copy of the parameters."""
+        zeros = {name: value.new_zeros(()).expand(value.shape) for name, value in self.server.initial.items()}
+        return self.method.held(client, zeros)
 
     def _has(self, client: int, name: str, exactly: bool) -> bool:
         """Return whether the client need not be sent this parameter of the server's."""

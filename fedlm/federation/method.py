@@ -6,7 +6,7 @@ is FedAvg (McMahan et al. 2017, algorithm 1), so a method's file shows only what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -149,7 +149,22 @@ class Method:
         """
         return {}
 
-    def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
+    def held(self, client: int, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the client's part of values of exchanged parameters: by default all of each.
+
+        For clients whose copy of the model is smaller; it is the same part in all of a run (see `shaped`).
+        """
+        return values
+
+    def shaped(self, model: Module, client: int) -> AbstractContextManager[None]:
+        """Return a context in which the model has the shape of the client's copy: by default its own.
+
+        The client's values, in the shapes of `held`, are written into the model within it. A method that
+        needs this must not let the shape depend on anything but the client's level.
+        """
+        return nullcontext()
+
+    def download(self, server: Server, client: int, round: int) -> Mapping[str, Tensor]:
         """Return what the client needs from the server: by default everything that any client trains."""
         return server.tensors
 
@@ -213,19 +228,24 @@ class Method:
 
 def weighted_mean(uploads: Iterable[Upload]) -> dict[str, tuple[Tensor, float]]:
     """Return each uploaded tensor's mean, weighted by examples, and the weight behind it."""
-    from fedlm.exchange.payload import Received
-
     means: dict[str, tuple[Tensor, float]] = {}
     for upload in uploads:
-        tensors = upload.tensors
-        for name in tensors:
-            if name in means:
-                mean, weight = means[name]
-                total = weight + upload.examples
-                # Only read, so that it need not be copied out of the message.
-                value = tensors.view(name) if isinstance(tensors, Received) else tensors[name]
-                means[name] = (mean.lerp_(value, upload.examples / total), total)
-            else:
-                means[name] = (tensors[name], upload.examples)
-        del upload, tensors  # not held while the next client has its turn
+        add_to_mean(means, upload.tensors, upload.examples)
+        del upload  # not held while the next client has its turn
     return means
+
+
+def add_to_mean(
+    means: dict[str, tuple[Tensor, float]], tensors: MutableMapping[str, Tensor], weight: float
+) -> None:
+    """Add a client's tensors to running means, each with the weight behind it; the first become the means."""
+    from fedlm.exchange.payload import Received
+
+    for name in tensors:
+        if name in means:
+            mean, before = means[name]
+            # Only read, so that it need not be copied out of the message.
+            value = tensors.view(name) if isinstance(tensors, Received) else tensors[name]
+            means[name] = (mean.lerp_(value, weight / (before + weight)), before + weight)
+        else:
+            means[name] = (tensors[name], weight)

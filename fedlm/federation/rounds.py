@@ -141,7 +141,12 @@ class Rounds:
             upload.own_all()
 
     def _turn(self, client: int, round: int) -> Upload | None:
-        """Let one client download, train and upload."""
+        """Let one client download, train and upload, on a model of the shape of its copy."""
+        self.instruments.level = self.method.level.get(client, 0)
+        with self.method.shaped(self.model, client):
+            return self._turn_on_its_copy(client, round)
+
+    def _turn_on_its_copy(self, client: int, round: int) -> Upload | None:
         with self._timed("download"):
             message = self.link.send(client, round)
             self.ledger.downloaded(client, len(message))
@@ -169,7 +174,7 @@ class Rounds:
             outgoing = self._outgoing(turn)
             message = payload.encode(outgoing.sent, self.method.config.payload)
             self.ledger.uploaded(client, len(message))
-            tensors = self.link.accept(message, outgoing.known)
+            tensors = self.link.accept(client, message, outgoing.known)
             _require_finite(tensors.sent())
             turn.keep(outgoing.rest(tensors))
         self.server.kept[client] = turn.kept

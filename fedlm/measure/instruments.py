@@ -16,13 +16,14 @@ class Instruments:
     """Counts FLOPs and measures memory, once for each shape of work.
 
     FLOPs depend only on which parameters are trained, on the batch's shape, on whether a backward pass
-    follows, and on the layers that the client's copy lacks (`dropped`). So PyTorch's counter runs over the
-    first pass of each shape, and its result is reused.
+    follows, on the layers that the client's copy lacks (`dropped`) and on its width, which follows from its
+    `level`. So PyTorch's counter runs over the first pass of each shape, and its result is reused.
     """
 
     def __init__(self) -> None:
         self.memory: dict[str, Memory] = {}
         self.dropped: tuple[int, ...] = ()
+        self.level = 0
         self.largest: dict[str, int] = {}
         self._flops: dict[tuple, int] = {}
 
@@ -69,7 +70,7 @@ class Instruments:
 
     def _shape(self, trained: Sequence[str], batch: dict[str, Tensor], backward: bool) -> tuple:
         shapes = ((name, value.shape) for name, value in batch.items())
-        return (hash(tuple(trained)), backward, self.dropped, *shapes)
+        return (hash(tuple(trained)), backward, self.dropped, self.level, *shapes)
 
     def knows_memory(self, label: str, size: int) -> bool:
         """Return whether a step with this label that is at least as large was measured before."""

@@ -72,7 +72,7 @@ KNOWN = {
     "slora": Style("#E69F00", "<", _MIXED),
     "fedbpt": Style("#56B4E9", ">", _MIXED),
     "fedpeptao": Style("#332288", "p", _MIXED),
-    "cellm": Style("#882255", "h", _MIXED),
+    "flasc": Style("#882255", "h", _MIXED),
     "embracingfl": Style("#44AA99", "*", _DOTTED),
     "blockllm": Style("#999933", "d", _DOTTED),
     "sherl": Style("#AA4499", "H", _DOTTED),

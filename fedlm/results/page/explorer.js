@@ -115,6 +115,7 @@ const panes = {
         layer.encoding.y2.field = isScore ? "high" : y[0];
         if (isScore) delete layer.encoding.y.axis;
       } else scale(layer.encoding.y, y, false);
+      layer.encoding.y.scale.padding = 10; // a marker at the edge is drawn whole
     }
     arrange(chart, rows, "cell", room, 300, 95);
     return { chart, rows };
