@@ -17,7 +17,7 @@ from fedlm.base.errors import UserError
 from fedlm.base.randomness import derive, numpy_stream, torch_stream
 from fedlm.exchange.declared import Declared
 from fedlm.federation.facts import ENCODERS
-from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.method import KeepNothingConfig, Method
 from fedlm.federation.search import LogRange
 from fedlm.federation.state import Segment
 from fedlm.federation.zeroth_order import require_plain_steps
@@ -51,7 +51,7 @@ class FedBPT(Method):
     kinds = ("classification",)
     search = {"spread": LogRange(1, 100), "sigma": LogRange(0.1, 3)}
 
-    class Config(MethodConfig):
+    class Config(KeepNothingConfig):
         """The prompt, the search, and how the model answers."""
 
         dimensions: int = Field(500, ge=2, le=5000, description="length of the vector that is searched")
@@ -87,10 +87,6 @@ class FedBPT(Method):
         words: list[str] | None = Field(
             None, min_length=2, description="words or phrases for the classes; None: their names"
         )
-        cache: Literal["none"] = "none"
-        moments: Literal["reset"] = "reset"
-        compression: None = None
-        upload_compression: None = None
 
     config: Config
 
@@ -126,7 +122,7 @@ class FedBPT(Method):
         words = self._readout(decoder) == "words"
         tokenizer = _tokenizer(model)
         template, after = self._template(tokenizer, decoder, words, model.config.vocab_size)
-        answer = (self._words if words else self._phrases)(model, tokenizer, template, after)
+        answer = self._words(model, tokenizer, after) if words else self._phrases(model, tokenizer, template)
         self.model = PromptedModel(model, template, self._projection(model), answer)
         return self.model
 
@@ -164,7 +160,7 @@ class FedBPT(Method):
         scale = config.spread * deviation / (math.sqrt(config.dimensions) * config.sigma)
         return scale * torch.randn(shape, generator=torch_stream(self.seed, "projection"))
 
-    def _phrases(self, model: PreTrainedModel, tokenizer: Any, template: Template, after: int) -> TorchModule:
+    def _phrases(self, model: PreTrainedModel, tokenizer: Any, template: Template) -> TorchModule:
         """Return the read-out by the vectors that the model itself gives to phrases, without a prompt."""
         import torch
 
@@ -182,7 +178,7 @@ class FedBPT(Method):
         prompt = template.leading, template.leading + len(template.prompt)
         return CosineToPhrases(vectors, prompt, self.config.temperature)
 
-    def _words(self, model: PreTrainedModel, tokenizer: Any, template: Template, after: int) -> TorchModule:
+    def _words(self, model: PreTrainedModel, tokenizer: Any, after: int) -> TorchModule:
         """Return the read-out by the first token of each class's word."""
         import torch
 

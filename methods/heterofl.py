@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from fedlm.base.errors import UserError
-from fedlm.federation.method import Method, MethodConfig, add_to_mean
+from fedlm.federation.method import KeepNothingConfig, Method, add_to_mean
 from fedlm.federation.state import Segment
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class HeteroFL(Method):
     title = "HeteroFL"
     reference = "arXiv:2010.01264"
 
-    class Config(MethodConfig):
+    class Config(KeepNothingConfig):
         """How narrow models may be, and how they are trained and averaged."""
 
         rates: tuple[float, ...] = Field(
@@ -47,12 +47,6 @@ class HeteroFL(Method):
             "equal",
             description="of clients in a mean: equal, as in the paper, or by their numbers of examples",
         )
-        cache: Literal["none"] = Field(
-            "none", description="a client's copy differs in shape from the server's"
-        )
-        moments: Literal["reset"] = "reset"
-        compression: None = None
-        upload_compression: None = None
 
         @field_validator("rates")
         @classmethod

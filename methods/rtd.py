@@ -14,7 +14,7 @@ from pydantic import Field
 from fedlm.base.errors import UserError
 from fedlm.exchange.declared import Declared
 from fedlm.federation.facts import ENCODERS
-from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.method import KeepNothingConfig, Method
 from fedlm.federation.search import LogRange, OneOf
 from fedlm.federation.state import Segment
 
@@ -44,7 +44,7 @@ class RTD(Method):
     kinds = ("classification",)
     search = {"temperature": LogRange(0.01, 10), "neighbours": OneOf((4, 16, 64))}
 
-    class Config(MethodConfig):
+    class Config(KeepNothingConfig):
         """What is stored, and how it answers."""
 
         store: Literal["entries", "class_sums"] = Field(
@@ -65,10 +65,6 @@ class RTD(Method):
         weight: float = Field(
             1.0, ge=0, le=1, description="of the datastore's answer; the rest is the model's own"
         )
-        cache: Literal["none"] = "none"
-        moments: Literal["reset"] = "reset"
-        compression: None = None
-        upload_compression: None = None
 
     config: Config
 

@@ -51,6 +51,15 @@ class MethodConfig(Settings):
     )
 
 
+class KeepNothingConfig(MethodConfig):
+    """The settings of a method whose clients keep nothing, and whose messages travel as it makes them."""
+
+    cache: Literal["none"] = "none"
+    moments: Literal["reset"] = "reset"
+    compression: None = None
+    upload_compression: None = None
+
+
 class Method:
     """FedAvg; the base of every method.
 
