@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from fedlm.base.errors import UserError
 from fedlm.exchange.declared import Declared
 from fedlm.federation.method import Method, MethodConfig
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedlm.federation.method import Server, Upload
+    from fedlm.federation.settings import Training
     from fedlm.federation.turn import Turn
 
 
@@ -24,7 +26,7 @@ class Scaffold(Method):
     The server sends its control c with the parameters x. Client i adds c - c_i to every gradient, trains to
     y_i, and sets c_i to c_i - c + (x - y_i) / r, with r the sum of the learning rates of its steps. It sends
     y_i and the change of c_i; both are averaged, and c changes by that mean times the share of clients that
-    answered. The rule for c_i is exact for plain SGD; with momentum or AdamW it is a heuristic.
+    answered. The rule for c_i holds for plain SGD, so a study with another optimizer is refused.
     """
 
     title = "SCAFFOLD"
@@ -39,6 +41,14 @@ class Scaffold(Method):
         )
 
     config: Config
+
+    def check_training(self, training: Training) -> None:
+        if self.config.corrected and (training.optimizer != "sgd" or training.momentum):
+            given = f"optimizer: {training.optimizer}, momentum: {training.momentum:g}"
+            raise UserError(
+                f"{given}; allowed: sgd without momentum: a control is a mean gradient only if steps are "
+                "gradients times the rate"
+            )
 
     def messages(self) -> dict[str, Declared]:
         names = self.exchanged if self.config.corrected else []

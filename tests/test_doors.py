@@ -5,17 +5,19 @@ import torch
 import worlds
 from test_costs import padded  # noqa: F401
 
-from fedlm.base.errors import FailedRun
+from fedlm.base.errors import FailedRun, UserError
 from fedlm.costs import prediction
 from fedlm.exchange import payload
 from fedlm.exchange.declared import Declared
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Batches
 from fedlm.federation.method import Method, Segment
+from fedlm.federation.settings import Training
 from fedlm.federation.turn import steps_of_turn
 from fedlm.jobs.failures import describe
 from fedlm.models.config import ModelConfig
 from methods.fedavg import FedAvg
+from methods.scaffold import Scaffold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,6 +147,14 @@ def test_the_term_is_part_of_the_recorded_loss_once(place):
     expected = sum(float(v.square().sum()) for v in plain.server.initial.values()) / 2
     found = with_term.rounds[0]["train_loss"] - plain.rounds[0]["train_loss"]
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [{}, {"optimizer": "sgd", "momentum": 0.9}])
+def test_scaffold_is_refused_where_its_controls_would_not_be_gradients(training):
+    with pytest.raises(UserError, match="allowed: sgd without momentum"):
+        Scaffold(Scaffold.Config(), 2, 0).check_training(Training(**training))
+    Scaffold(Scaffold.Config(), 2, 0).check_training(Training(optimizer="sgd"))
+    Scaffold(Scaffold.Config(corrected=False), 2, 0).check_training(Training(**training))
 
 
 def test_scaffold_by_hand(place):
