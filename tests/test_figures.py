@@ -181,6 +181,8 @@ def test_known_methods_keep_their_style_and_new_ones_get_their_own():
     assert list(among) == ["my_method", "zz", "fedcybgd", "fedavg"]
     many = drawing.styles([*drawing.KNOWN, *(f"own_{number}" for number in range(7))])
     assert len({style.marker for style in many.values()}) == len(many)
+    more = drawing.styles([*drawing.KNOWN, *(f"own_{number}" for number in range(60))])
+    assert len({str(style) for style in more.values()}) == len(more)
     assert drawing.styles(["b", "a"]) == figures.styles(["a", "b"])
 
 

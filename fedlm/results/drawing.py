@@ -54,7 +54,7 @@ class Style(NamedTuple):
     """How a method is drawn, everywhere."""
 
     colour: str
-    marker: str
+    marker: Any  # of matplotlib: a name, or a polygon's corners, 1 if it is a star, and its angle
     line: Any  # a line style of matplotlib
 
 
@@ -78,20 +78,24 @@ KNOWN = {
     "sherl": Style("#AA4499", "H", _DOTTED),
     "rsfllm": Style("#117733", "8", _DOTTED),
     "rtd": Style("#661100", "$+$", _DOTTED),
+    "fedprox": Style("#88CCEE", (4, 1, 0), _MIXED),
+    "scaffold": Style("#5D3A9B", (6, 1, 0), _MIXED),
+    "fedadapter": Style("#8C6D31", (4, 1, 45), _MIXED),
+    "heterofl": Style("#DDCC77", (5, 0, 180), _DOTTED),
+    "fedkseed": Style("#1A85FF", (8, 1, 0), _DOTTED),
+    "fedmezo": Style("#CC6677", (5, 1, 180), _DOTTED),
 }
 # Greys are for controls.
 _COLOURS = [style.colour for style in KNOWN.values() if style.colour[1:3] != style.colour[3:5]]
-_COLOURS += ["#DDCC77", "#88CCEE", "#CC6677", "#5D3A9B", "#1A85FF", "#8C6D31"]
 _LINES = [_SOLID, _MIXED, _DOTTED, _DASHED]
 _MARKERS = [style.marker for style in KNOWN.values() if style.marker != "_"] + [
-    "1",
-    "2",
-    "3",
-    "4",
-    "$x$",
-    "$o$",
-    "$z$",
-    "$w$",
+    (3, 1, 0),
+    (3, 1, 180),
+    (3, 1, 90),
+    (3, 1, 270),
+    (12, 1, 0),
+    r"$\spadesuit$",
+    r"$\clubsuit$",
 ]
 
 KINDS = [
@@ -107,7 +111,8 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
     """Return a style for each method label.
 
     Methods of the suite have fixed ones. Any other label gets the one that its hash selects or, if that is
-    taken, the next: the same in all figures of a study, and no two are equal while there are markers.
+    taken, the next: the same in all figures of a study. No two markers are equal while there are markers, and
+    no two styles after that.
     """
     labels = list(dict.fromkeys(labels))
     found = {label: KNOWN[label] for label in labels if label in KNOWN}
@@ -119,11 +124,10 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
             return min(turned, key=used.count)
 
         used = list(found.values())
-        found[label] = Style(
-            least_used(_COLOURS, [style.colour for style in used]),
-            least_used(_MARKERS, [style.marker for style in used]),
-            least_used(_LINES, [style.line for style in used]),
-        )
+        colour = least_used(_COLOURS, [style.colour for style in used])
+        marker = least_used(_MARKERS, [style.marker for style in used])
+        like = [style for style in used if style[:2] == (colour, marker)]
+        found[label] = Style(colour, marker, least_used(_LINES, [style.line for style in like or used]))
     return {label: found[label] for label in labels}
 
 

@@ -4,29 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path
+from matplotlib.transforms import Affine2D
 
 from fedlm.results.drawing import KINDS, Style
 
-# Vega's symbols for matplotlib's markers; a marker without one becomes a circle.
-_SHAPES = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "D": "diamond",
-    "d": "diamond",
-    "X": "cross",
-    "P": "cross",
-    "$+$": "cross",
-    "*": "M0,-1L0.3,-0.3L1,-0.3L0.45,0.15L0.65,0.9L0,0.45L-0.65,0.9L-0.45,0.15L-1,-0.3L-0.3,-0.3Z",
-    "p": "M0,-1L0.95,-0.31L0.59,0.81L-0.59,0.81L-0.95,-0.31Z",
-    "h": "M-0.5,-0.87L0.5,-0.87L1,0L0.5,0.87L-0.5,0.87L-1,0Z",
-    "H": "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z",
-    "8": "M-0.4,-1L0.4,-1L1,-0.4L1,0.4L0.4,1L-0.4,1L-1,0.4L-1,-0.4Z",
-    "_": "stroke",
-}
 # What can be on an axis: its column, what it is called, and whether it spans powers of ten.
 AXES = [
     ("score", "score", False),
@@ -51,11 +34,25 @@ def looks(look: Mapping[str, Style], titles: Mapping[str, str]) -> list[dict[str
             "method": method,
             "title": titles[method],
             "colour": style.colour,
-            "shape": _SHAPES.get(style.marker, "circle"),
+            "shape": symbol(style.marker),
             "dash": list(style.line[1]) if isinstance(style.line, tuple) else [1, 0],
         }
         for method, style in look.items()
     ]
+
+
+def symbol(marker: Any) -> str:
+    """Return a marker of matplotlib's as Vega draws it: an SVG path, within -1 and 1 for most."""
+    if marker == "_":
+        return "stroke"
+    style = MarkerStyle(marker)
+    path = style.get_path().transformed(style.get_transform() + Affine2D().scale(2, -2))
+    letters = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
+    drawn = []
+    for numbers, code in path.iter_segments(simplify=False):
+        ends = [] if code == Path.CLOSEPOLY else [f"{round(number, 3) + 0.0:g}" for number in numbers]
+        drawn.append(letters[code] + ",".join(ends))
+    return "".join(drawn)
 
 
 class Panes:

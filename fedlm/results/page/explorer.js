@@ -260,17 +260,11 @@ function options(select, choices) {
 
 function glyph(method) {
   const made = document.createElement("span");
-  const shapes = {
-    circle: "M8,3A5,5 0 1 1 7.99,3Z", square: "M3.5,3.5H12.5V12.5H3.5Z", "triangle-up": "M8,3L13,13H3Z",
-    "triangle-down": "M3,3H13L8,13Z", "triangle-left": "M3,8L13,3V13Z", "triangle-right": "M13,8L3,3V13Z",
-    diamond: "M8,2L13,8L8,14L3,8Z", cross: "M6,2H10V6H14V10H10V14H6V10H2V6H6Z", stroke: "M2,8H14",
-  };
-  const own = !(method.shape in shapes);
-  made.innerHTML = `<svg width="16" height="16" viewBox="${own ? "-1.2 -1.2 2.4 2.4" : "0 0 16 16"}" aria-hidden="true"><path></path></svg>`;
+  const stroke = method.shape === "stroke"; // the one symbol of Vega's own
+  made.innerHTML = '<svg width="16" height="16" viewBox="-1.5 -1.5 3 3" aria-hidden="true"><path></path></svg>';
   const path = made.querySelector("path");
-  path.setAttribute("d", own ? method.shape : shapes[method.shape]);
+  path.setAttribute("d", stroke ? "M-1,-0.2H1V0.2H-1Z" : method.shape);
   path.setAttribute("fill", method.colour);
-  if (method.shape === "stroke") path.setAttribute("stroke", method.colour);
   return made;
 }
 
