@@ -388,8 +388,8 @@ class Hoarding(FedAvg):
     title = "Hoarding"
 
     def merge(self, server, uploads, round):
-        self.held = list(uploads)
-        super().merge(server, iter(self.held), round)
+        self.hoard = list(uploads)
+        super().merge(server, iter(self.hoard), round)
 
 
 def test_uploads_that_a_method_holds_are_those_that_the_clients_sent(place):
@@ -397,7 +397,7 @@ def test_uploads_that_a_method_holds_are_those_that_the_clients_sent(place):
     hoarding, fedavg = ran(Hoarding, place, **options), ran("fedavg", place, **options)
     assert final(hoarding) == final(fedavg)
     mine = {parameter.data_ptr() for parameter in hoarding.parameters.values()}
-    for upload in hoarding.method.held:
+    for upload in hoarding.method.hoard:
         assert upload.tensors.keys() == set(hoarding.method.exchanged)
         assert mine.isdisjoint(value.data_ptr() for value in upload.tensors.values())
 

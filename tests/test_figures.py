@@ -19,10 +19,16 @@ from fedlm.results.final_scores import over_heterogeneity, trade_off
 from fedlm.results.memory_figures import memory, memory_by_block
 from fedlm.results.scene import Scene
 
-# Another process, whose reader has other settings and hashes.
+# Another process, whose reader has other settings and hashes, and whose memory has gaps of all sizes.
 AGAIN = """
-import json, sys
+import ctypes, json, random, sys
 import matplotlib
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+taken = [malloc(random.randrange(24, 200)) for _ in range(200000)]
+random.shuffle(taken)
+for place in taken[::2]:
+    free(place)
 from fedlm.results import figures
 matplotlib.rcParams.update({"font.size": 20, "axes.grid": False, "figure.dpi": 50, "pdf.compression": 0})
 before = dict(matplotlib.rcParams)

@@ -122,7 +122,8 @@ class Rounds:
         for client in cohort:
             self._own_upload()
             try:
-                upload = self._turn(client, round)
+                with self.method.shaped(self.model, client):
+                    upload = self._turn(client, round)
             except (TurnError, PayloadError, StorageError) as error:
                 raise _failed(self.method, round, [client], error) from error
             if upload:
@@ -141,12 +142,8 @@ class Rounds:
             upload.own_all()
 
     def _turn(self, client: int, round: int) -> Upload | None:
-        """Let one client download, train and upload, on a model of the shape of its copy."""
+        """Let one client download, train and upload."""
         self.instruments.level = self.method.level.get(client, 0)
-        with self.method.shaped(self.model, client):
-            return self._turn_on_its_copy(client, round)
-
-    def _turn_on_its_copy(self, client: int, round: int) -> Upload | None:
         with self._timed("download"):
             message = self.link.send(client, round)
             self.ledger.downloaded(client, len(message))

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.transforms import Bbox
 from tueplots import axes as tueplots_axes
 from tueplots import figsizes, fontsizes
 
@@ -23,6 +24,7 @@ from fedlm.results.typeset import significant
 
 WIDTH = figsizes.icml2024_full()["figure.figsize"][0]  # inches
 NARROW = figsizes.icml2024_half()["figure.figsize"][0]  # inches
+MOST_ROWS = 8  # of a legend in a figure of one column; with more it gets the width of two
 
 SETTINGS = {
     **fontsizes.icml2024(),
@@ -142,9 +144,13 @@ def settings() -> Iterator[None]:
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as `<path>.pdf` and `<path>.png`, without dates; return their paths."""
-    # The layout is computed once, and is the same in both files.
+    # The layout is computed once, and is the same in both files. The last digits of what its solver finds
+    # depend on where its variables are in memory.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    for axes in figure.axes:
+        box = axes.get_position(original=True)
+        axes.set_position(Bbox(box.get_points().round(6)))
     written = []
     for ending, metadata in (
         ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
@@ -174,6 +180,9 @@ def legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> None:
     # About 0.05 inches per letter, and 0.42 for the marker before it and the space after it.
     widest = 0.05 * max(map(len, labels)) + 0.42
     columns = max(1, min(len(labels), int((figure.get_figwidth() - 0.2) / widest)))
+    if columns < len(labels) / MOST_ROWS and figure.get_figwidth() < WIDTH:
+        figure.set_figwidth(WIDTH)
+        columns = max(1, min(len(labels), int((WIDTH - 0.2) / widest)))
     rows = -(-len(labels) // columns)
     # The same number of rows with fewer columns looks better than a last row of one.
     columns = -(-len(labels) // rows)

@@ -8,7 +8,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path
 from matplotlib.transforms import Affine2D
 
-from fedlm.results.drawing import KINDS, Style
+from fedlm.results.drawing import KINDS, Style, settings
 
 # What can be on an axis: its column, what it is called, and whether it spans powers of ten.
 AXES = [
@@ -45,7 +45,8 @@ def symbol(marker: Any) -> str:
     """Return a marker of matplotlib's as Vega draws it: an SVG path, within -1 and 1 for most."""
     if marker == "_":
         return "stroke"
-    style = MarkerStyle(marker)
+    with settings():  # matplotlib remembers how it set a text, whatever the fonts are next time
+        style = MarkerStyle(marker)
     path = style.get_path().transformed(style.get_transform() + Affine2D().scale(2, -2))
     letters = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
     drawn = []

@@ -75,7 +75,8 @@ def ranking_table(scene: Scene) -> Table:
         ranked.sort(key=order)
         compared = compare_all(family, ranked)
         different = [pair for pair, (_, p) in compared.items() if p < LEVEL]
-        letters = groups(ranked, different)
+        tested = any(math.isfinite(p) for _, p in compared.values())
+        letters = groups(ranked, different) if tested else {}
         ranks = family.scores[ranked].dropna().rank(axis=1, ascending=not family.greater).mean()
         write = (lambda value: f"{value:.1f}") if family.greater else significant
         for method in own:
@@ -122,9 +123,9 @@ def ranking_table(scene: Scene) -> Table:
         "given where each cell has four seeds.",
         "Competitors that share a letter cannot be told apart: differences paired by seed within each "
         "cell, t-test over cells and seeds, p adjusted for all pairs (Holm), level 0.05. They hold for "
-        "these cells. Bold: the best and what cannot be told from it, unless that is all. Mean rank: "
-        "among the competitors with all cells, over the cells and seeds that all of them have. Methods "
-        "with different cells cannot be compared.",
+        "these cells; with one seed there is nothing to test, and no letter. Bold: the best and what "
+        "cannot be told from it, unless that is all. Mean rank: among the competitors with all cells, over "
+        "the cells and seeds that all of them have. Methods with different cells cannot be compared.",
         *scene.notes(),
     ]
     columns = [
