@@ -5,11 +5,11 @@ Source: arXiv:2406.15125 (abstract); no code was published. See docs/methods/emb
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from fedlm.federation import budgets
 from fedlm.federation.method import Method, MethodConfig
 from fedlm.federation.state import Segment
 
@@ -69,10 +69,7 @@ class EmbracingFL(Method):
 
     def extra(self, server: Server) -> dict[str, float]:
         """Return how many clients train which layers."""
-        count = Counter(self.level.get(client, 0) for client in range(self.clients))
-        return {
-            f"clients_{self._label(level).replace(' ', '_')}": float(count[level]) for level in sorted(count)
-        }
+        return budgets.count(self, self._label)
 
     def _label(self, level: int) -> str:
         if level == 0:

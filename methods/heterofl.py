@@ -5,7 +5,6 @@ Source: arXiv:2010.01264 and its code. See docs/methods/heterofl.md.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from fedlm.base.errors import UserError
+from fedlm.federation import budgets
 from fedlm.federation.method import KeepNothingConfig, Method, add_to_mean
 from fedlm.federation.state import Segment
 
@@ -77,10 +77,10 @@ class HeteroFL(Method):
     def levels(self) -> int:
         return 1 + len(self.narrow)
 
-    def held(self, client: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def held(self, client: int, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         level = self.level.get(client, 0)
         if level == 0:
-            return dict(values)
+            return values
         return {name: self.narrow[level - 1].cut(name, value) for name, value in values.items()}
 
     def shaped(self, model: Module, client: int) -> AbstractContextManager[None]:
@@ -89,9 +89,6 @@ class HeteroFL(Method):
 
     def segments(self, client: int, round: int, steps: int) -> list[Segment]:
         return [Segment(self._label(self.level.get(client, 0)), self.exchanged, steps)]
-
-    def download(self, server: Server, client: int, round: int) -> dict[str, Tensor]:
-        return self.held(client, server.tensors) if self.level.get(client, 0) else server.tensors
 
     def merge(self, server: Server, uploads: Iterable[Upload], round: int) -> None:
         means: dict[int, dict[str, tuple[Tensor, float]]] = {}
@@ -112,8 +109,7 @@ class HeteroFL(Method):
 
     def extra(self, server: Server) -> dict[str, float]:
         """Return how many clients have which width."""
-        count = Counter(self._label(self.level.get(client, 0)) for client in range(self.clients))
-        return {f"clients_{label.replace(' ', '_')}": float(count[label]) for label in sorted(count)}
+        return budgets.count(self, self._label)
 
     def _label(self, level: int) -> str:
         return f"width {self.narrow[level - 1].rate:g}" if level else "all"

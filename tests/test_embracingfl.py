@@ -1,5 +1,7 @@
 """EmbracingFL: consecutive layers at the output, by the clients' memory budgets (arXiv:2406.15125)."""
 
+from functools import partial
+
 import numpy
 import pytest
 import tiny
@@ -24,16 +26,7 @@ from fedlm.study.plugins import discover_methods
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def ran(place, levels, **options):
-    """Return a finished run in which clients have these levels, whatever fits them."""
-    run = worlds.federation("embracingfl", place, **{"rounds": 1, **options})
-    run.method.level = levels
-    run.run()
-    return run
-
-
-def sha(run):
-    return payload.encode(run.server.tensors).sha256()
+ran = partial(worlds.with_levels, "embracingfl")
 
 
 @pytest.mark.slow
@@ -41,7 +34,7 @@ def test_if_all_clients_are_strong_it_is_fedavg_bit_for_bit(place):
     plain = worlds.federation("fedavg", place, rounds=2)
     plain.run()
     run = ran(place, {}, rounds=2)
-    assert sha(run) == sha(plain)
+    assert worlds.sha(run) == worlds.sha(plain)
     assert (run.ledger.upload, run.ledger.download) == (plain.ledger.upload, plain.ledger.download)
     assert run.instruments.memory == plain.instruments.memory
 
@@ -109,7 +102,7 @@ def test_stored_and_recomputed_turns_are_equal_bit_for_bit(family, kind, level, 
     stored, again = (
         ran(place, {1: level}, activations=activations, **options) for activations in ("stored", "recomputed")
     )
-    assert sha(stored) == sha(again)
+    assert worlds.sha(stored) == worlds.sha(again)
     assert stored.flops == again.flops
     assert stored.rounds[0]["train_loss"] == again.rounds[0]["train_loss"]
 

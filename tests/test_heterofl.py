@@ -1,5 +1,7 @@
 """HeteroFL: sub-models of less width, by the clients' memory budgets (arXiv:2010.01264)."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
@@ -31,16 +33,7 @@ KINDS = [
 ]
 
 
-def ran(place, levels, **options):
-    """Return a finished run in which clients have these levels, whatever fits them."""
-    run = worlds.federation("heterofl", place, **{"rounds": 1, **options})
-    run.method.level = levels
-    run.run()
-    return run
-
-
-def sha(run):
-    return payload.encode(run.server.tensors).sha256()
+ran = partial(worlds.with_levels, "heterofl")
 
 
 def loaded(tmp_path, family, kind="classification"):
@@ -53,7 +46,7 @@ def test_if_all_clients_are_strong_it_is_fedavg_bit_for_bit(place):
     plain = worlds.federation("fedavg", place, rounds=2)
     plain.run()
     run = ran(place, {}, rounds=2, weights="examples")
-    assert sha(run) == sha(plain)
+    assert worlds.sha(run) == worlds.sha(plain)
     assert (run.ledger.upload, run.ledger.download) == (plain.ledger.upload, plain.ledger.download)
     assert run.instruments.memory == plain.instruments.memory
 

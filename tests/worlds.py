@@ -15,6 +15,7 @@ from fedlm.data.prepared import Prepared
 from fedlm.data.schemes import parse
 from fedlm.data.task import Corpus, Task
 from fedlm.data.tokenising import tokenise
+from fedlm.exchange import payload
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Federation
 from fedlm.federation.settings import Federation as FederationConfig
@@ -109,6 +110,19 @@ def federation(
         loading.max_positions(source),
         log,
     )
+
+
+def with_levels(method: str, place, levels: dict[int, int], **options) -> Federation:
+    """Return a finished run in which clients have these levels, whatever fits them."""
+    run = federation(method, place, **{"rounds": 1, **options})
+    run.method.level = levels
+    run.run()
+    return run
+
+
+def sha(run: Federation) -> str:
+    """Return the hash of the server's model."""
+    return payload.encode(run.server.tensors).sha256()
 
 
 def values(run: Federation) -> dict[str, numpy.ndarray]:

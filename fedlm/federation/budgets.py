@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 def known(method: type[Method]) -> bool:
     """Return whether a method knows budgets."""
     return method.levels is not Method.levels
+
+
+def count(method: Method, label: Callable[[int], str]) -> dict[str, float]:
+    """Return how many clients have which level, by the level's label: numbers for the record of a run."""
+    found = Counter(method.level.get(client, 0) for client in range(method.clients))
+    return {f"clients_{label(level).replace(' ', '_')}": float(found[level]) for level in sorted(found)}
 
 
 def draw(budgets: Sequence[Budget], clients: int, seed: int) -> dict[int, Budget]:

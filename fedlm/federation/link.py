@@ -144,7 +144,9 @@ class Link:
         file for as long as they are held. Raises StorageError where what the client keeps cannot be stored.
         """
         # Elements that the method did not send are zero.
-        decoded = payload.decode(message, self.expected("down", client), known=self._zeros(client))
+        expected = self.expected("down", client)
+        zeros = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
+        decoded = payload.decode(message, expected, known=zeros)
         self._require_declared(decoded, "down")
         if self.config.cache == "last_visit":
             self._put_away(self._replaced())

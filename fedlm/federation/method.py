@@ -175,7 +175,7 @@ class Method:
 
     def download(self, server: Server, client: int, round: int) -> Mapping[str, Tensor]:
         """Return what the client needs from the server: by default everything that any client trains."""
-        return server.tensors
+        return self.held(client, server.tensors)
 
     def rebuild(self, received: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the client's copy, made from the values that it received: by default these themselves.
