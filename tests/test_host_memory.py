@@ -140,23 +140,47 @@ def test_a_csv_of_a_million_rows_is_prepared_in_600_mb(tmp_path):
         file.write("text,label\n")
         for row in range(1_000_000):
             file.write(f"the film was {row} times as good as {row % 977} of the others,{row % 2}\n")
-    code = f"""
-import re
+    (tmp_path / "study.yaml").write_text(
+        json.dumps(
+            {
+                "study": "rows",
+                "seeds": [1],
+                "model": {"source": str(tmp_path / "model")},
+                "federation": {"clients": 2, "rounds": 1},
+                "tasks": {
+                    "files": {
+                        "train": str(tmp_path / "rows.csv"),
+                        "text": ["text"],
+                        "label": "label",
+                        "max_length": 16,
+                        "train_examples": 500,
+                    }
+                },
+                "partitions": {"iid": {}},
+                "methods": {"fedavg": {}},
+            }
+        )
+    )
+    code = """
+import re, sys
 from pathlib import Path
-from fedlm.data.tokenising import prepare
-from fedlm.models.config import ModelConfig
-from fedlm.study.plugins import discover_tasks
-folder = Path({str(tmp_path)!r})
-settings = {{"train": str(folder / "rows.csv"), "text": ["text"], "label": "label", "max_length": 16}}
-task = discover_tasks()["files"]({{**settings, "train_examples": 500}})
-data = prepare(task, ModelConfig(source=str(folder / "model")), folder / "data")
-print(len(data), re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+from fedlm.__main__ import main
+try:
+    main()
+finally:
+    print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    command = ["prepare", "--config", str(tmp_path / "study.yaml"), "--task", "files"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--results", str(tmp_path / "results")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
-    rows, kilobytes = map(int, done.stdout.split())
-    assert rows == 310_000
-    assert kilobytes * 1024 <= 600e6
+    said, kilobytes = done.stdout.splitlines()
+    assert "310000 examples" in said
+    assert int(kilobytes) * 1024 <= 600e6
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedlm.base.files import sha256, write_atomically
 from fedlm.jobs import provenance
-from fedlm.measure.memory import Memory
 from fedlm.study.study import RunConfig
 
-if TYPE_CHECKING:  # importing it takes seconds, and writing a record does not need it
+if TYPE_CHECKING:  # importing them takes seconds and 200 MB, and writing a record does not need them
     from fedlm.federation.loop import Federation
+    from fedlm.measure.memory import Memory
 
 VERSION = 1
 
@@ -104,7 +104,7 @@ def _origin(source: dict[str, object], hashes: dict[str, str]) -> dict[str, Any]
     return {**source, "versions": provenance.versions(), "machine": provenance.machine(), **hashes}
 
 
-def _memory(memory: Memory) -> dict[str, int]:
+def _memory(memory: "Memory") -> dict[str, int]:
     values = asdict(memory)
     return {"peak_memory_bytes": values.pop("peak")} | {f"{kind}_bytes": n for kind, n in values.items()}
 
