@@ -4,7 +4,7 @@ Both train MiniLM on the same batches in the same process, turn by turn alternat
 affects both. Payload encoding, ledger and a checkpoint per round are part of the federated time; the probe
 step, which a run makes once, and scoring, which the bare loop does not do, are not. What a turn and a
 checkpoint cost besides the steps does not depend on the turn's length, here 40 steps; `--examples 320` makes
-turns of 10. The allocator is set as the pipeline sets it for its jobs.
+turns of 10. The process is set up as the pipeline sets up its jobs.
 
     python benchmarks/overhead.py [--rounds 2] [--clients 2] [--examples 1280]
 
@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fedlm.base.allocator import keep_freed_memory
+from fedlm.base.processor import make_full_use
 from fedlm.data.division import divide
 from fedlm.data.schemes import parse
 from fedlm.data.tokenising import prepare
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--examples", type=int, default=1280)
     options = parser.parse_args()
-    keep_freed_memory()
+    make_full_use()
     kind = discover_tasks()["movie_reviews"]
     task = kind(kind.Config(max_length=64, train_examples=options.examples))
     source = ModelConfig(source="minilm")

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fedlm.base.allocator import keep_freed_memory
+from fedlm.base.processor import make_full_use
 from fedlm.data.division import divide
 from fedlm.data.schemes import parse
 from fedlm.data.tokenising import prepare
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    make_full_use()
     source = ModelConfig(source="minilm")
     task = discover_tasks()["bbc_news"]({"max_length": 64})
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
+from fedlm.base.processor import make_full_use
+
 # The processes that pytest starts to share the tests inherit this folder.
 OWN_CACHE = None if "FEDLM_CACHE" in os.environ else tempfile.mkdtemp(prefix="fedlm-tests-")
 os.environ.setdefault("FEDLM_CACHE", OWN_CACHE or "")
@@ -34,6 +36,8 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def older_objects():
     """Set what is imported aside for a whole module: each run would do so again, a tenth of a second each."""
+    if "torch" in sys.modules:
+        make_full_use()  # as the first run in this process would, and all of a module with the same products
     memory = sys.modules.get("fedlm.measure.memory")
     with memory.older_objects_set_aside() if memory else nullcontext():
         yield

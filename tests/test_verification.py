@@ -139,7 +139,7 @@ def test_a_repeated_run_is_the_same_or_as_near_as_another_processor_allows(made)
     assert "different on a processor of the same capability" in lines[-1]
     change(path, "provenance", "machine", "cpu_capability", value="ELSE", hide=True)
     assert verification.repeats(path, lines.append)
-    assert "made on ELSE, repeated on " in lines[-1] and "within its standard error" in lines[-1]
+    assert "made on ELSE with " in lines[-1] and "within its standard error" in lines[-1]
     off = 0.01 if score > 0.5 else 0.99
     change(path, "test_score", value=off, hide=True)
     assert abs(off - score) > verification._standard_error({**found, "test_score": off})

@@ -11,7 +11,7 @@ from workload import Clock, Workload, finish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fedlm.base.allocator import keep_freed_memory
+from fedlm.base.processor import make_full_use
 from fedlm.data.division import divide
 from fedlm.data.prepared import Prepared
 from fedlm.data.schemes import parse
@@ -75,7 +75,7 @@ def write(folder: Path, model: str, length: int, clients: int, rounds: int, step
 def main() -> None:
     """Run the workload."""
     work, folder = Workload(Path(sys.argv[1])), Path(sys.argv[2])
-    keep_freed_memory()
+    make_full_use()
     data = Prepared.load(work.folder / "data")
     parts = partition(data, work.clients)
     model = loading.load(

@@ -181,11 +181,11 @@ def _measure(asked: _Asked) -> _Measured | str:
 
     import torch
 
-    from fedlm.base.allocator import keep_freed_memory
+    from fedlm.base.processor import make_full_use
     from fedlm.study import reading
 
     warnings.filterwarnings("ignore")
-    keep_freed_memory()
+    make_full_use()
     torch.set_num_threads(1)
     study = reading.load(asked.study_file)
     run = asked.run

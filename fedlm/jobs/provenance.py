@@ -8,6 +8,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from fedlm.base import processor
 from fedlm.base.files import sha256
 from fedlm.data.task import Task
 from fedlm.federation.method import Method
@@ -118,8 +119,9 @@ def machine() -> dict[str, object]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "processors": os.cpu_count(),
-        # The vector instructions that PyTorch uses: they determine the order of summation.
+        # The vector instructions that PyTorch uses, and the library: they determine the order of summation.
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "matrix_products": processor.multiplies_by(),
         "threads": torch.get_num_threads(),
         "gpu": cuda,
     }

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlm.base.allocator import keep_freed_memory
 from fedlm.base.errors import DivergedRun, FailedRun, UserError
 from fedlm.base.files import locked, sha256, write_atomically
+from fedlm.base.processor import make_full_use
 from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance, record, tuning
 from fedlm.jobs.folders import Folders
@@ -263,7 +263,7 @@ def _train(
 
     # These warnings, raised through peft's calls, are meant for the developers of Transformers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    keep_freed_memory()
+    make_full_use()
     started = time.perf_counter()
     # Before the run, which may take hours in which files change.
     source = provenance.source(config.method_class, config.task_class)

@@ -118,7 +118,7 @@ def repeats(path: Path, log: Callable[[str], None]) -> bool:
     if not different:
         log(f"{path}: the same, bit for bit")
         return True
-    one, other = (record["provenance"]["machine"].get("cpu_capability") for record in (before, after))
+    one, other = (_summation(record["provenance"]["machine"]) for record in (before, after))
     if one == other:
         log(f"{path}: different on a processor of the same capability ({one}): {', '.join(different)}")
         return False
@@ -130,6 +130,11 @@ def repeats(path: Path, log: Callable[[str], None]) -> bool:
         f"{'within' if near else 'more than'} its standard error of {allowed:.4f}"
     )
     return near
+
+
+def _summation(machine: dict[str, Any]) -> str:
+    """Return what determines the order of summation: instructions and library."""
+    return " with ".join(str(machine[key]) for key in ("cpu_capability", "matrix_products") if key in machine)
 
 
 def _standard_error(record: dict[str, Any]) -> float:
