@@ -74,7 +74,8 @@ def test_minilm_agrees_with_the_allocator(trained, mebibytes):
     assert 0 <= memory.gradient <= trained_bytes
     optimizer.state.clear()
     truth = allocator_peak(step, [*model.parameters(), *model.buffers(), *batch.values()])
-    assert memory.peak == pytest.approx(truth, rel=0.01)
+    # oneDNN, where it multiplies, copies a matrix that lies by columns: here at most 384 x 1536 numbers.
+    assert memory.peak == pytest.approx(truth, rel=0.01, abs=4 * 384 * 1536)
 
 
 @pytest.mark.slow
