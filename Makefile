@@ -1,4 +1,5 @@
-# make demo | make demo-llm | make systems | make costs | make check | make test | make lint      (each sets itself up)
+# make demo | make demo-llm | make systems | make benchmark | make verify | make costs
+# make check | make test | make lint                                          (each sets itself up)
 #
 #   make demo PYTHON=python3.12      with another Python, from 3.11 on
 #   make demo CORES=4                with so many processor cores; all of them if not given
@@ -8,11 +9,11 @@ CORES ?= all
 ENVIRONMENT := .venv
 RUN := $(ENVIRONMENT)/bin/python
 
-.PHONY: demo demo-llm systems costs check test lint setup
+.PHONY: demo demo-llm systems benchmark verify costs check test lint setup
 
-# The demos use nothing from a hub; without this a library might contact one anyway.
-demo demo-llm systems: export HF_HUB_OFFLINE = 1
-demo demo-llm systems: setup
+# These studies use nothing from a hub; without this a library might contact one anyway.
+demo demo-llm systems benchmark verify: export HF_HUB_OFFLINE = 1
+demo demo-llm systems benchmark: setup
 	@$(RUN) -m snakemake --configfile config/$@.yaml --cores $(CORES)
 	@$(MAKE) --no-print-directory results/$@/report.html STUDY=$@
 	@$(RUN) -m fedlm tables --config config/$@.yaml --show
@@ -26,6 +27,10 @@ demo demo-llm systems: setup
 results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUDY)/*)
 	@$(RUN) -m snakemake --configfile config/$(STUDY).yaml --report $@ 2> results/$(STUDY)/report.log \
 	    || { cat results/$(STUDY)/report.log; rm -f $@; exit 1; }
+
+# Are the benchmark's records unchanged, do they give its tables, figures and findings, and do runs repeat?
+verify: setup
+	@$(RUN) -m fedlm verify config/benchmark.yaml --findings docs/findings.md
 
 costs: setup
 	@$(RUN) -m fedlm costs

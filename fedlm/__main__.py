@@ -250,6 +250,9 @@ def verify(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file.")],
     results: Results = Path("results"),
     figures: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
+    findings: Annotated[
+        Path | None, typer.Option(help="Where the findings are, to be checked too. [not checked]")
+    ] = None,
     cheapest: Annotated[int, typer.Option(min=0, help="How many of the cheapest runs to repeat.")] = 5,
     drawn: Annotated[int, typer.Option(min=0, help="How many others to repeat, drawn at random.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw. [a new one each time]")] = None,
@@ -264,7 +267,7 @@ def verify(
     folders = _folders(study, results)
     faults = [
         *verification.faults(study, folders),
-        *verification.differences(study, folders, figures / study.study),
+        *verification.differences(study, folders, figures / study.study, findings),
     ]
     for line in faults:
         print(line)

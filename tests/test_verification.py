@@ -13,6 +13,7 @@ import tiny_study  # noqa: F401  (puts the repository on the path)
 from fedlm.base.errors import UserError
 from fedlm.jobs import collecting, record, reports, running, tracked, tuning, verification
 from fedlm.jobs.folders import Folders
+from fedlm.results import findings
 from fedlm.study.reading import load
 from fedlm.study.study import Run
 
@@ -149,14 +150,22 @@ def test_a_repeated_run_is_the_same_or_as_near_as_another_processor_allows(made)
 
 
 @pytest.mark.slow
-def test_tables_and_figures_follow_from_the_records_to_the_byte(made, finished, tmp_path, capsys):
+def test_all_reports_follow_from_the_records_to_the_byte(made, finished, tmp_path, monkeypatch):
     study, folders = made
     shutil.copytree(finished[1] / "study/partitions", folders.root / "partitions")
     collecting.collect(study, folders)
     reports.write_tables(study, folders)
     reports.draw_figures(study, folders, tmp_path / "figures")
     reports.write_explorer(study, folders)
-    assert list(verification.differences(study, folders, tmp_path / "figures")) == []
+    # This study is too small for the tables of which findings are written.
+    monkeypatch.setattr(findings, "write_up", lambda tables, study: (tables / "main.md").read_text())
+    found = tmp_path / "findings.md"
+    reports.write_findings(study, folders, found)
+    assert list(verification.differences(study, folders, tmp_path / "figures", found)) == []
+    found.write_text(found.read_text().replace("1", "2", 1))
+    assert list(verification.differences(study, folders, tmp_path / "figures", found)) == [
+        f"{found}: not what the records give"
+    ]
     main, figure = folders.root / "tables/main.csv", tmp_path / "figures/memory.pdf"
     main.write_text(main.read_text().replace("1", "2", 1))
     figure.unlink()

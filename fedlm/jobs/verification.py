@@ -72,11 +72,11 @@ def _faults_of(found: dict[str, Any], study: Study, run: Run, folders: Folders) 
         yield "a trial has test scores"
 
 
-def differences(study: Study, folders: Folders, figures: Path) -> Iterator[str]:
+def differences(study: Study, folders: Folders, figures: Path, findings: Path | None = None) -> Iterator[str]:
     """Yield one line for each table, figure and compiled file that the records do not give again.
 
     All are made a second time, in a temporary folder, and compared with those in the study's folder and in
-    `figures`.
+    `figures`, and the findings with this file.
     """
     with tempfile.TemporaryDirectory(prefix="fedlm-verify-") as aside:
         again = reports.beside(study, folders, Path(aside))
@@ -86,9 +86,9 @@ def differences(study: Study, folders: Folders, figures: Path) -> Iterator[str]:
         drawn = reports.draw_figures(study, again, Path(aside) / "figures")
         pairs += [(path, figures / path.name) for path in drawn]
         pairs.append((reports.write_explorer(study, again), folders.root / "explorer.html"))
-        if (folders.root / "findings.md").exists():
+        if findings is not None:
             reports.write_findings(study, again, again.root / "findings.md")
-            pairs.append((again.root / "findings.md", folders.root / "findings.md"))
+            pairs.append((again.root / "findings.md", findings))
         for made, kept in pairs:
             if not kept.exists():
                 yield f"{kept}: missing; the records give it"
