@@ -1,5 +1,6 @@
 """The findings of a study in two pages: a text whose every number is put in from the tables."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ TEMPLATE = Path(__file__).with_suffix(".md.j2")
 NEEDED = ("main", "ranking", "profiles", "cost_to_target", "quality", "tuning", "claims")
 NEAR = 1.0  # points below the best competitor that still count as close
 AGAINST = "fedavg"  # costs are given as multiples of this method's
+COSTS = ("peak_memory_bytes", "upload_bytes", "download_bytes", "flops")
 
 
 def write_up(tables: Path, study: str) -> str:
@@ -60,7 +62,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "ranking": frames["ranking"].to_dict("records"),
         "groups": _groups(frames["ranking"]),
         "winners": _winners(scored, titles),
-        "prices": _prices(competitors),
+        "prices": _prices(main),
         "against": titles.get(AGAINST),
         "targets": _targets(frames["cost_to_target"]),
         "seconds": [name for name in frames["cost_to_target"] if name.startswith("seconds_on(")],
@@ -74,6 +76,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "passed": list(dict.fromkeys(quality[~quality["raised"]]["rule"])),
         "says": dict(zip(quality["rule"], quality["says"], strict=True)),
         "number": significant,
+        "scored": _points if frames["ranking"]["family"].iloc[0] == "score" else significant,
         "listed": _listed,
         "counted": _counted,
     }
@@ -113,19 +116,17 @@ def _winners(scored: pandas.DataFrame, titles: dict[str, str]) -> list[dict[str,
     return rows
 
 
-def _prices(competitors: pandas.DataFrame) -> list[dict[str, Any]]:
+def _prices(main: pandas.DataFrame) -> dict[str, list[float]]:
     """Return each method's costs as multiples of FedAvg's: the median over cells."""
-    rows = []
-    base = competitors[competitors["method"] == AGAINST].set_index(["task", "partition"])
-    for method, own in competitors.groupby("method", sort=False):
+    base = main[main["method"] == AGAINST].set_index(["task", "partition"])
+    prices = {}
+    for method, own in main.groupby("method", sort=False):
         own = own.set_index(["task", "partition"])
-        row: dict[str, Any] = {"title": own["title"].iloc[0], "itself": method == AGAINST}
-        for name in ("upload_bytes", "download_bytes", "peak_memory_bytes", "flops"):
-            row[name] = (
-                float((own[f"{name}_mean"] / base[f"{name}_mean"]).median()) if len(base) else float("nan")
-            )
-        rows.append(row)
-    return rows
+        prices[str(method)] = [
+            float((own[f"{name}_mean"] / base[f"{name}_mean"]).median()) if len(base) else math.nan
+            for name in COSTS
+        ]
+    return prices
 
 
 def _targets(table: pandas.DataFrame) -> list[dict[str, Any]]:
@@ -151,6 +152,11 @@ def _targets(table: pandas.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _points(value: float) -> str:
+    """Write a score in points."""
+    return f"{value:.1f}"
 
 
 def _listed(names: list[str]) -> str:
