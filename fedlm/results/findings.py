@@ -12,7 +12,7 @@ from fedlm.results.claims import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
 from fedlm.results.typeset import significant
 
 TEMPLATE = Path(__file__).with_suffix(".md.j2")
-NEEDED = ("main", "ranking", "profiles", "cost_to_target", "quality", "tuning", "claims")
+NEEDED = ("main", "ranking", "cost_to_target", "quality", "tuning", "claims")
 NEAR = 1.0  # points below the best competitor that still count as close
 AGAINST = "fedavg"  # costs are given as multiples of this method's
 COSTS = ("peak_memory_bytes", "upload_bytes", "download_bytes", "flops")
