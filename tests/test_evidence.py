@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy
 import pandas
@@ -34,6 +35,7 @@ from fedlm.results.ranking import compare_all, families, ranking_table
 from fedlm.results.scene import Scene
 from fedlm.study import reading
 
+ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("bbc_news", "movie_reviews")
 METHODS = ("fedavg", "fedcybgd", "fedlora", "centralized", "head_only")
 
@@ -766,3 +768,9 @@ def test_a_record_says_how_much_the_largest_client_holds(tmp_path):
     assert records.load_runs(tmp_path / "runs.parquet")["largest_client_share"].tolist() == [0.5]
     rounds = records.load_rounds(tmp_path / "rounds.parquet")
     assert rounds["largest_upload_bytes"].tolist() == [0, *[90_900_000] * 4]
+
+
+def test_the_readme_shows_the_table_of_the_findings():
+    found = (ROOT / "docs/findings.md").read_text()
+    table = found[found.index("| method | interquartile mean |") :].split("\n\n")[0]
+    assert len(table.splitlines()) == 9 and table in (ROOT / "README.md").read_text()
