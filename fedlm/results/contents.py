@@ -75,7 +75,7 @@ def names_of_figures(tasks: int, partitions: int, contents: Contents = _NOTHING)
         "score_over_rounds": by_task * by_partition,
         "score_over_bytes": by_task * by_partition,
         "score_over_heterogeneity": by_task,
-        "trade_off": _pages(tasks * partitions),
+        "trade_off": _pages(contents.cells or tasks * partitions),
         "memory": by_task,
         "memory_by_block": by_task,
         "partitions": by_task * by_partition,

@@ -6,6 +6,7 @@ contain no dates and no versions, so that the same records give the same bytes. 
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 import pandas
@@ -60,7 +61,10 @@ def make(
     partitions = [PartitionFile.read(path) for path in sorted(map(Path, partition_paths))]
     look = styles(scene.methods)
     rows, columns = _chunks(scene.tasks), _chunks(scene.partitions)
-    cells = [(task, partition) for task in scene.tasks for partition in scene.partitions]
+    # A task may have partitions of its own.
+    asked = {(run.task, run.partition) for run in scene.expected}
+    asked |= set(zip(scene.runs["task"], scene.runs["partition"], strict=True))
+    cells = [cell for cell in product(scene.tasks, scene.partitions) if cell in asked]
     written = []
 
     def save(name: str, figures: Iterable[Figure]) -> None:
