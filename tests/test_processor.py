@@ -19,18 +19,16 @@ installed = pytest.mark.skipif(
 SIZES = st.sampled_from([1, 2, 7, 32, 96, 257])
 
 
-def matrix(rows, columns, layout, dtype=torch.float32):
+def matrix(rows, columns, layout):
     """Numbers in one of the layouts that training meets: by rows or columns, a part, a repeated row."""
     numbers = torch.Generator().manual_seed(rows * 1000 + columns)
     if layout == "rows":
-        made = torch.randn(rows, columns, generator=numbers)
-    elif layout == "columns":
-        made = torch.randn(columns, rows, generator=numbers).t()
-    elif layout == "part":
-        made = torch.randn(rows, 3 * columns, generator=numbers)[:, columns : 2 * columns]
-    else:
-        made = torch.randn(1, columns, generator=numbers).expand(rows, columns)
-    return made.to(dtype) if dtype is not torch.float32 else made
+        return torch.randn(rows, columns, generator=numbers)
+    if layout == "columns":
+        return torch.randn(columns, rows, generator=numbers).t()
+    if layout == "part":
+        return torch.randn(rows, 3 * columns, generator=numbers)[:, columns : 2 * columns]
+    return torch.randn(1, columns, generator=numbers).expand(rows, columns)
 
 
 LAYOUTS = st.sampled_from(["rows", "columns", "part", "repeated"])

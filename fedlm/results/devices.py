@@ -95,6 +95,11 @@ class Devices(Settings):
         }
 
 
+def in_words(column: str) -> str:
+    """Return the name of a column of `Devices.columns` for a reader: seconds on phone, 5g."""
+    return column.replace("_on(", " on ").removesuffix(")")
+
+
 Entry = TypeVar("Entry", Device, Link)
 
 

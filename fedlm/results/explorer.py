@@ -20,7 +20,7 @@ from fedlm.base.files import write_atomically
 from fedlm.data.partition import PartitionFile
 from fedlm.results.cells import CELL, metric_text, points
 from fedlm.results.cost_to_target import cost_to_target_table
-from fedlm.results.devices import Devices, seconds_so_far
+from fedlm.results.devices import Devices, in_words, seconds_so_far
 from fedlm.results.drawing import KINDS, styles
 from fedlm.results.panes import ALONG, AXES, Panes, looks
 from fedlm.results.ranking import ranking_table
@@ -57,8 +57,7 @@ def make(
         method["control"] = method["method"] in scene.controls
     on = devices.columns() if devices and cohorts else {}
     names = {f"seconds_{number}": title for number, title in enumerate(on)}
-    # `seconds_on(phone, 5g)` as in the tables becomes "seconds on phone, 5g".
-    seconds = [(name, title.replace("_on(", " on ").removesuffix(")"), True) for name, title in names.items()]
+    seconds = [(name, in_words(title), True) for name, title in names.items()]
     rounds = rounds.astype(dict.fromkeys(KEYS[:3], object)).merge(scene.runs[KEYS], on=KEYS)
     for name, title in names.items():
         rounds[name] = seconds_so_far(rounds, scene.runs, cohorts or {}, *on[title])

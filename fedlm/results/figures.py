@@ -61,10 +61,7 @@ def make(
     partitions = [PartitionFile.read(path) for path in sorted(map(Path, partition_paths))]
     look = styles(scene.methods)
     rows, columns = _chunks(scene.tasks), _chunks(scene.partitions)
-    # A task may have partitions of its own.
-    asked = {(run.task, run.partition) for run in scene.expected}
-    asked |= set(zip(scene.runs["task"], scene.runs["partition"], strict=True))
-    cells = [cell for cell in product(scene.tasks, scene.partitions) if cell in asked]
+    cells = [cell for cell in product(scene.tasks, scene.partitions) if scene.asks_for(*cell)]
     written = []
 
     def save(name: str, figures: Iterable[Figure]) -> None:

@@ -9,6 +9,7 @@ import pandas
 
 from fedlm.base.errors import UserError
 from fedlm.results.claims import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
+from fedlm.results.devices import in_words
 from fedlm.results.typeset import significant
 
 TEMPLATE = Path(__file__).with_suffix(".md.j2")
@@ -75,6 +76,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "raised": quality[quality["raised"]].groupby("rule", sort=False).size().to_dict(),
         "passed": list(dict.fromkeys(quality[~quality["raised"]]["rule"])),
         "says": dict(zip(quality["rule"], quality["says"], strict=True)),
+        "in_words": in_words,
         "number": significant,
         "scored": _points if frames["ranking"]["family"].iloc[0] == "score" else significant,
         "listed": _listed,
