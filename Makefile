@@ -50,11 +50,13 @@ lint: setup
 	@$(RUN) -m mypy
 
 # The environment is installed once, and again when the lock has changed. Where packages come from is up to pip's own
-# configuration.
+# configuration. pip would compile all files on one core, which takes as long as all else; what has no syntax of this
+# Python is a template or a test.
 setup:
 	@cmp -s requirements.txt $(ENVIRONMENT)/requirements.txt || { \
 	    command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found; allowed: make PYTHON=<python 3.11 or newer>"; exit 1; }; \
 	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; allowed: 3.11 or newer, as in make PYTHON=python3.12" % sys.version_info[:2])' \
 	    && { [ -x $(RUN) ] || $(PYTHON) -m venv $(ENVIRONMENT); } \
-	    && $(RUN) -m pip install --requirement requirements.txt \
+	    && $(RUN) -m pip install --no-compile --requirement requirements.txt \
+	    && { $(RUN) -m compileall -q -q -j 0 -x '/tests?/' $(ENVIRONMENT)/lib || true; } \
 	    && cp requirements.txt $(ENVIRONMENT)/requirements.txt; }

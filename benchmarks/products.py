@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    processor._keep_freed_memory()
+    processor.keep_freed_memory()
     model = loading.load(ModelConfig(source="minilm"), "classification", 5, seed=1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = {

@@ -68,10 +68,29 @@ def drawn(tmp_path_factory):
     return folder, arguments, expected, paths
 
 
+def grid(tasks, partitions):
+    return [(f"task{task}", f"partition{number}") for task in range(tasks) for number in range(partitions)]
+
+
+def test_panels_follow_each_other_where_tasks_have_partitions_of_their_own():
+    news, films = [("news", "iid"), ("news", "skewed")], [("films", "iid"), ("films", "halves")]
+    cells = [*news, *films, ("sources", "natural")]
+    assert contents.pages_of_cells(cells) == [
+        [("news", ["iid", "skewed"]), ("films", ["iid", "halves"]), ("sources", ["natural"])]
+    ]
+    assert contents.compared_tasks(cells) == ["news", "films"]
+    assert contents.compared_tasks(cells[-1:]) == ["sources"]
+    many = [("news", str(number)) for number in range(6)] + films
+    assert contents.pages_of_cells(many) == [
+        [("news", ["0", "1", "2", "3"]), ("films", ["iid", "halves"])],
+        [("news", ["4", "5"])],
+    ]
+
+
 @pytest.mark.slow
 def test_every_figure_is_drawn_as_pdf_and_png(drawn):
     _, _, _, paths = drawn
-    names = names_of_figures(tasks=2, partitions=2)
+    names = names_of_figures(grid(2, 2))
     assert sorted(path.name for path in paths) == sorted(
         f"{name}.{end}" for name in names for end in ("pdf", "png")
     )
@@ -164,19 +183,21 @@ def test_rounds_without_scores_and_missing_parts_do_not_crash(tmp_path, monkeypa
     records.collect(kept, arguments[1], arguments[0])
     arguments[2] = arguments[2][:1]
     paths = figures.make(*arguments, TITLES, tmp_path / "figures", expected)
-    assert len(paths) == 2 * len(names_of_figures(1, 2))
+    assert len(paths) == 2 * len(names_of_figures(grid(1, 2)))
 
 
 @pytest.mark.slow
 def test_large_studies_go_on_in_further_files(tmp_path, monkeypatch):
-    assert "memory_2" in names_of_figures(5, 1) and "memory_2" not in names_of_figures(4, 9)
-    assert "partitions_3" in names_of_figures(4, 9) and "trade_off_9" in names_of_figures(4, 9)
-    for module in (contents, figures):
-        monkeypatch.setattr(module, "PER_PAGE", 1)
+    tall, wide = names_of_figures(grid(5, 1)), names_of_figures(grid(4, 9))
+    assert "memory_2" in tall and "memory_2" not in wide
+    assert "partitions_3" in wide and "trade_off_9" in wide
+    monkeypatch.setattr(contents, "PER_PAGE", 1)
     monkeypatch.setitem(drawing.SETTINGS, "savefig.dpi", 60)
     arguments, expected = study(tmp_path, partitions=("iid",), methods=("fedavg",), seeds=(1,), rounds=1)
     paths = figures.make(*arguments, {}, tmp_path / "figures", expected)
-    assert sorted(path.stem for path in paths if path.suffix == ".pdf") == sorted(names_of_figures(2, 1))
+    assert sorted(path.stem for path in paths if path.suffix == ".pdf") == sorted(
+        names_of_figures(grid(2, 1))
+    )
     assert len(paths) == 2 * 2 * len(FIGURES)
 
 
@@ -199,7 +220,7 @@ def test_partitions_of_any_size_are_drawn(clients, labels):
     file = file.model_copy(
         update={"label_counts": wide, "label_names": [f"label {number}" for number in range(labels)]}
     )
-    figure = partition_figures.draw_partitions([file], ["bbc_news"], ["dirichlet_0.1", "absent"])
+    figure = partition_figures.draw_partitions([file], [("bbc_news", ["dirichlet_0.1", "absent"])])
     figure.draw_without_rendering()
     axes = figure.axes[0]
     tallest = max(map(sum, wide))

@@ -123,7 +123,7 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     for table in TABLES:
         for ending in ("csv", "md", "tex"):
             assert (results / "tables" / f"{table}.{ending}").stat().st_size
-    for figure in names_of_figures(1, 1):
+    for figure in names_of_figures([("task", "partition")]):
         for ending in ("pdf", "png"):
             assert (tmp_path / "figures" / "tiny" / f"{figure}.{ending}").stat().st_size
 
@@ -165,7 +165,7 @@ def test_from_a_failing_run_to_a_complete_study(tmp_path):
     page = (tmp_path / "report.html").read_text()
     for name in [
         *(f"pages/{table}.html" for table in TABLES),
-        *(f"{n}.png" for n in names_of_figures(1, 1)),
+        *(f"{n}.png" for n in names_of_figures([("task", "partition")])),
     ]:
         assert name in page
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?https?://", page)

@@ -25,9 +25,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE / ".environments"
-PROGRAMS = {
+PROGRAMS = {  # its title, and the file with arguments of its own
     "bare": ("Bare PyTorch loop", "bare.py"),
     "suite": ("This suite", "suite.py"),
+    "suite-pytorch": ("This suite, PyTorch's products", "suite.py", "--pytorch-products"),
     "pfl": ("pfl", "apple_pfl.py"),
     "flower": ("Flower", "flower.py"),
     "blazefl": ("BlazeFL", "blaze.py"),
@@ -68,7 +69,7 @@ def main() -> None:
 
 def environment(name: str) -> str:
     """Return the interpreter of a program's environment, which is made where it is missing or out of date."""
-    if name == "suite":
+    if PROGRAMS[name][1] == "suite.py":
         return sys.executable
     requirements = HERE / f"requirements-{name}.txt"
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
@@ -106,7 +107,7 @@ def measure(pythons: dict[str, str], place: Path, repeats: int) -> dict[str, lis
             result = place / f"{name}-{repeat}"
             result.mkdir()
             try:
-                peak = run(pythons[name], PROGRAMS[name][1], place / "workload", result)
+                peak = run(pythons[name], PROGRAMS[name][1:], place / "workload", result)
             except Unusable as error:
                 print(f"{name} is left out: {error}", file=sys.stderr)
                 failed.add(name)
@@ -118,9 +119,10 @@ def measure(pythons: dict[str, str], place: Path, repeats: int) -> dict[str, lis
     return found
 
 
-def run(python: str, program: str, workload: Path, result: Path) -> int:
-    """Run a program and return the largest memory of its processes, in bytes."""
-    command = [python, str(HERE / program), str(workload), str(result)]
+def run(python: str, program: tuple[str, ...], workload: Path, result: Path) -> int:
+    """Run a program, a file with its arguments, and return the largest memory of its processes, in bytes."""
+    file, *arguments = program
+    command = [python, str(HERE / file), str(workload), str(result), *arguments]
     threads = json.loads((workload / "workload.json").read_text())["threads"]
     settings = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     peak = 0

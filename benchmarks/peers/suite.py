@@ -1,6 +1,8 @@
 """This suite's own FedAvg on the same workload, without a score; in the suite's own environment.
 
-The seconds leave out the probe of a turn's memory, which a run makes once; the processor time does not.
+The seconds leave out the probe of a turn's memory, which a run makes once; the processor time does not. With
+`--pytorch-products` matrices are multiplied by the library that PyTorch takes by itself, as in the other
+programs.
 """
 
 import sys
@@ -11,7 +13,7 @@ from workload import Clock, Workload, finish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fedlm.base.processor import make_full_use
+from fedlm.base.processor import keep_freed_memory, make_full_use
 from fedlm.data.division import divide
 from fedlm.data.prepared import Prepared
 from fedlm.data.schemes import parse
@@ -75,7 +77,10 @@ def write(folder: Path, model: str, length: int, clients: int, rounds: int, step
 def main() -> None:
     """Run the workload."""
     work, folder = Workload(Path(sys.argv[1])), Path(sys.argv[2])
-    make_full_use()
+    if "--pytorch-products" in sys.argv:
+        keep_freed_memory()
+    else:
+        make_full_use()
     data = Prepared.load(work.folder / "data")
     parts = partition(data, work.clients)
     model = loading.load(

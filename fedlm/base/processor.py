@@ -31,7 +31,7 @@ def make_full_use() -> None:
     From then on glibc keeps freed memory, and on AMD's processors with AVX-512 oneDNN multiplies. The results
     differ from MKL's by rounding.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     if not _installed and _has_unused_vectors():
         _multiply_by_onednn()
 
@@ -43,7 +43,8 @@ def multiplies_by() -> str:
     return "oneDNN" if _installed else "MKL" if torch.backends.mkl.is_available() else "BLAS"
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor; with another C library nothing changes."""
     if not sys.platform.startswith("linux"):
         return
     try:

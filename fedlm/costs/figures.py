@@ -66,7 +66,7 @@ def _memory(rows: pandas.DataFrame) -> Figure:
         axes.set_xlim(0, some["peak_memory_bytes"].max() / 2**30 * 1.2)
         axes.set_xlabel("peak memory of a turn (GiB)")
         _methods_axis(axes, list(some["title"]), place % columns == 0)
-    drawing.kinds_legend(figure)
+    drawing.kinds_legend(figure, rows)
     return figure
 
 
@@ -89,7 +89,7 @@ def _one_model(rows: pandas.DataFrame, blocks: pandas.DataFrame, model: str) -> 
     axes.set_xlim(0, max(values["peak_memory_bytes"] for _, values in bars) / 2**30 * 1.16)
     axes.set_xlabel("peak memory of a turn (GiB)")
     _methods_axis(axes, [title for title, _ in bars], True)
-    drawing.kinds_legend(figure)
+    drawing.kinds_legend(figure, pandas.DataFrame([values for _, values in bars]))
     return figure
 
 

@@ -1,6 +1,7 @@
 """Which tables and figures a study has. The pipeline plans with it, so nothing large is imported here."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from fedlm.study.study import Study
 
@@ -14,7 +15,9 @@ FIGURES = (
     "memory_by_block",
     "partitions",
 )
-PER_PAGE = 4  # tasks (rows), and partitions (columns), of one figure
+PER_PAGE = 4  # rows, and columns, of one figure
+
+Cells = Sequence[tuple[str, str]]  # of task and partition
 
 
 class Contents(NamedTuple):
@@ -65,20 +68,25 @@ def names_of_tables(contents: Contents = _NOTHING) -> list[str]:
     return [*TABLES, *contents.tables()]
 
 
-def names_of_figures(tasks: int, partitions: int, contents: Contents = _NOTHING) -> list[str]:
-    """Return the names, without ending, of all figures of a study with so many tasks and partitions.
+def cells_of(study: Study) -> Cells:
+    """Return the cells of a study."""
+    return list(dict.fromkeys((run.task, run.partition) for run in study.runs()))
 
-    A figure with more than `PER_PAGE` tasks or partitions has several pages.
+
+def names_of_figures(cells: Cells, contents: Contents = _NOTHING) -> list[str]:
+    """Return the names, without ending, of all figures of a study with these cells.
+
+    A figure with more than `PER_PAGE` rows or columns has several pages.
     """
-    by_task, by_partition = _pages(tasks), _pages(partitions)
+    by_task, by_cell = len(chunks(list(dict(cells)))), len(pages_of_cells(cells))
     pages = {
-        "score_over_rounds": by_task * by_partition,
-        "score_over_bytes": by_task * by_partition,
-        "score_over_heterogeneity": by_task,
-        "trade_off": _pages(contents.cells or tasks * partitions),
+        "score_over_rounds": by_cell,
+        "score_over_bytes": by_cell,
+        "score_over_heterogeneity": len(chunks(compared_tasks(cells))),
+        "trade_off": len(chunks(cells)),
         "memory": by_task,
         "memory_by_block": by_task,
-        "partitions": by_task * by_partition,
+        "partitions": by_cell,
         "profiles": 1,
         "tuning": by_task,
     }
@@ -86,13 +94,30 @@ def names_of_figures(tasks: int, partitions: int, contents: Contents = _NOTHING)
     return [name_of_page(name, page) for name in every for page in range(pages[name])]
 
 
+def pages_of_cells(cells: Cells) -> list[list[tuple[str, list[str]]]]:
+    """Return for each page its rows: a task, and those of its partitions that are on the page."""
+    pages = []
+    for tasks in chunks(list(dict(cells))):
+        of_task = {task: chunks([partition for own, partition in cells if own == task]) for task in tasks}
+        for page in range(max(map(len, of_task.values()), default=0)):
+            pages.append([(task, own[page]) for task, own in of_task.items() if page < len(own)])
+    return pages
+
+
+def compared_tasks(cells: Cells) -> list[str]:
+    """Return the tasks that have more than one partition, or all, where none has."""
+    tasks = [task for task, _ in cells]
+    return list(dict.fromkeys(task for task in tasks if tasks.count(task) > 1)) or list(dict.fromkeys(tasks))
+
+
+def chunks(values: Sequence[Any]) -> list[Any]:
+    """Divide into parts of `PER_PAGE`."""
+    return [values[start : start + PER_PAGE] for start in range(0, len(values), PER_PAGE)]
+
+
 def name_of_page(name: str, page: int) -> str:
     """Return the name of a figure's page, of which the first is 0: `name`, `name_2`, `name_3`, ..."""
     return name if page == 0 else f"{name}_{page + 1}"
-
-
-def _pages(count: int) -> int:
-    return max(1, -(-count // PER_PAGE))
 
 
 def cohorts(study: Study) -> dict[tuple[str, str], float]:

@@ -1,6 +1,6 @@
 """Figures of scores over rounds and over bytes: a curve for each method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib.ticker
 import pandas
@@ -48,25 +48,24 @@ def _curves(
     scene: Scene,
     rounds: pandas.DataFrame,
     look: dict[str, Style],
-    tasks: list[str],
-    partitions: list[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
     draw: Callable[[Axes, pandas.DataFrame, Style], None],
     x_label: str,
 ) -> Figure:
-    """Draw one panel for each task (row) and partition (column), with a curve for each method."""
+    """Draw a row of panels for each task, one for each of its partitions, with a curve for each method."""
     known = scene.runs[["task", "partition", "method", "seed"]]
     rounds = rounds.merge(known, on=list(known.columns))
-    figure, grid = panels(len(tasks), len(partitions), sharex="all", sharey="row")
+    widest = max(len(partitions) for _, partitions in rows)
+    figure, grid = panels(len(rows), widest, sharex="all", sharey="row")
     methods = set()
-    for row, task in enumerate(tasks):
+    for row, (task, partitions) in enumerate(rows):
         name, factor = measure(scene, task)
+        for axes in grid[row, len(partitions) :]:
+            blank(axes)
         for column, partition in enumerate(partitions):
             axes = grid[row, column]
-            if not scene.asks_for(task, partition):
-                blank(axes)
-                continue
             some = rounds[(rounds["task"] == task) & (rounds["partition"] == partition)]
-            axes.set_title(partition_title(scene, task, partition, len(partitions)), pad=3)
+            axes.set_title(partition_title(scene, task, partition, widest), pad=3)
             if some["validation_score"].notna().sum() == 0:
                 axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", color="#777777")
                 continue
@@ -75,19 +74,20 @@ def _curves(
                 if len(own):
                     draw(axes, _mean_curves(own, factor), look[method])
                     methods.add(method)
-            # Panels that share an axis have its numbers where nothing comes below, or before.
-            if not any(scene.asks_for(below, partition) for below in tasks[row + 1 :]):
+            # Panels that share an axis have its numbers where no panel comes below.
+            if not any(column < len(below) for _, below in rows[row + 1 :]):
                 axes.set_xlabel(x_label)
                 axes.tick_params(labelbottom=True)
-            if not any(scene.asks_for(task, before) for before in partitions[:column]):
-                axes.tick_params(labelleft=True)
         name_row(grid[row, 0], task, f"validation {name}")
     methods_legend(figure, scene, look, methods)
     return figure
 
 
 def over_rounds(
-    scene: Scene, rounds: pandas.DataFrame, look: dict[str, Style], tasks: list[str], partitions: list[str]
+    scene: Scene,
+    rounds: pandas.DataFrame,
+    look: dict[str, Style],
+    rows: Sequence[tuple[str, Sequence[str]]],
 ) -> Figure:
     """Score of the server's model on the validation split, after each round; bands are ± one deviation."""
 
@@ -95,11 +95,14 @@ def over_rounds(
         _draw_curve(axes, curve.index, curve, style)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
 
-    return _curves(scene, rounds, look, tasks, partitions, draw, "round")
+    return _curves(scene, rounds, look, rows, draw, "round")
 
 
 def over_bytes(
-    scene: Scene, rounds: pandas.DataFrame, look: dict[str, Style], tasks: list[str], partitions: list[str]
+    scene: Scene,
+    rounds: pandas.DataFrame,
+    look: dict[str, Style],
+    rows: Sequence[tuple[str, Sequence[str]]],
 ) -> Figure:
     """The same over the bytes that all clients sent and received; who sends nothing is a horizontal line."""
 
@@ -115,4 +118,4 @@ def over_bytes(
         else:
             _draw_curve(axes, sent["megabytes"], sent, style)
 
-    return _curves(scene, rounds, look, tasks, partitions, draw, "sent up and down so far (MB)")
+    return _curves(scene, rounds, look, rows, draw, "sent up and down so far (MB)")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import matplotlib.ticker
 import numpy
+import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -248,10 +249,11 @@ def stack(axes: Axes, place: float, parts: Sequence[float]) -> None:
     axes.text(left, place, f" {significant(left)}", va="center", fontsize=6.5)
 
 
-def kinds_legend(figure: Figure) -> None:
-    """Add a legend of the kinds of memory."""
-    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="white") for _, _, colour, hatch in KINDS]
-    legend(figure, handles, [label for _, label, _, _ in KINDS])
+def kinds_legend(figure: Figure, bars: pandas.DataFrame) -> None:
+    """Add a legend of the kinds of memory that the bars have, which are rows with a column for each kind."""
+    shown = [kind for kind in KINDS if bars[kind[0]].max() > 0]
+    handles = [Patch(facecolor=colour, hatch=hatch, edgecolor="white") for _, _, colour, hatch in shown]
+    legend(figure, handles, [label for _, label, _, _ in shown])
 
 
 def method_legend(figure: Figure, look: dict[str, Style], titles: dict[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 A method has the same colour, marker and line style in every figure, and styles differ in grey, too. Files
 contain no dates and no versions, so that the same records give the same bytes. A figure with more than
-`PER_PAGE` tasks or partitions continues in further files: `<name>.pdf`, `<name>_2.pdf`, ...
+`contents.PER_PAGE` rows or columns continues in further files: `<name>.pdf`, `<name>_2.pdf`, ...
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedlm.data.partition import PartitionFile
 from fedlm.results import records
-from fedlm.results.contents import PER_PAGE, Contents, name_of_page
+from fedlm.results.contents import Contents, chunks, compared_tasks, name_of_page, pages_of_cells
 from fedlm.results.curves import over_bytes, over_rounds
 from fedlm.results.drawing import save_figure, settings, styles
 from fedlm.results.final_scores import over_heterogeneity, trade_off
@@ -60,7 +60,6 @@ def make(
         rounds[key] = rounds[key].astype(str)
     partitions = [PartitionFile.read(path) for path in sorted(map(Path, partition_paths))]
     look = styles(scene.methods)
-    rows, columns = _chunks(scene.tasks), _chunks(scene.partitions)
     cells = [cell for cell in product(scene.tasks, scene.partitions) if scene.asks_for(*cell)]
     written = []
 
@@ -71,21 +70,18 @@ def make(
             written.extend(save_figure(figure, Path(destination) / name_of_page(name, page)))
 
     with settings():
-        grid = [(some_tasks, some_partitions) for some_tasks in rows for some_partitions in columns]
-        save("score_over_rounds", (over_rounds(scene, rounds, look, *page) for page in grid))
-        save("score_over_bytes", (over_bytes(scene, rounds, look, *page) for page in grid))
-        save("score_over_heterogeneity", (over_heterogeneity(scene, look, page) for page in rows))
-        save("trade_off", (trade_off(scene, look, page) for page in _chunks(cells)))
-        save("memory", (memory(scene, page) for page in rows))
-        save("memory_by_block", (memory_by_block(scene, look, page) for page in rows))
-        save("partitions", (draw_partitions(partitions, *page) for page in grid))
+        by_task, by_cell = chunks(list(dict(cells))), pages_of_cells(cells)
+        compared = chunks(compared_tasks(cells))
+        save("score_over_rounds", (over_rounds(scene, rounds, look, page) for page in by_cell))
+        save("score_over_bytes", (over_bytes(scene, rounds, look, page) for page in by_cell))
+        save("score_over_heterogeneity", (over_heterogeneity(scene, look, page) for page in compared))
+        save("trade_off", (trade_off(scene, look, page) for page in chunks(cells)))
+        save("memory", (memory(scene, page) for page in by_task))
+        save("memory_by_block", (memory_by_block(scene, look, page) for page in by_task))
+        save("partitions", (draw_partitions(partitions, page) for page in by_cell))
         more = (contents or Contents()).figures()
         if "profiles" in more:
             save("profiles", [profiles(scene, look)])
         if "tuning" in more and trials is not None:
-            save("tuning", (tuning_curves(scene, look, trials, page) for page in rows))
+            save("tuning", (tuning_curves(scene, look, trials, page) for page in by_task))
     return written
-
-
-def _chunks(values: list) -> list[list]:
-    return [values[start : start + PER_PAGE] for start in range(0, max(1, len(values)), PER_PAGE)]

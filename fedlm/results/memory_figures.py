@@ -33,7 +33,7 @@ def memory(scene: Scene, tasks: list[str]) -> Figure:
         axes.set_yticks(range(len(scene.methods)), [scene.titles[method] for method in scene.methods])
         axes.set_ylim(len(scene.methods) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-    kinds_legend(figure)
+    kinds_legend(figure, scene.runs[scene.runs["task"].isin(tasks)])
     return figure
 
 

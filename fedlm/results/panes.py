@@ -250,4 +250,6 @@ class Panes:
             "cell:N", title=None, sort=None, header=altair.Header(labelLimit=320, labelFontWeight="bold")
         )
         scales = {"x": "shared", "y": "independent"} | dict.fromkeys(alone, "independent")
-        return chart.facet(facet=facet, columns=2).resolve_scale(**scales)
+        faceted = chart.facet(facet=facet, columns=2).resolve_scale(**scales)
+        # A shared axis would also be drawn below the place that an odd number of cells leaves empty.
+        return faceted.resolve_axis(x="independent")

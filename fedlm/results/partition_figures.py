@@ -17,11 +17,14 @@ MANY_CLIENTS = 40  # with more, a partition is drawn as areas, largest client fi
 MANY_LABELS = 8  # with more, the legend of a partition names the first and the last only
 
 
-def draw_partitions(files: Sequence[PartitionFile], tasks: list[str], partitions: list[str]) -> Figure:
-    """Each client's examples, stacked by label; of each task and partition the lowest seed."""
-    figure, grid = panels(len(tasks), len(partitions), height=1.6)
-    for row, task in enumerate(tasks):
-        last = None
+def draw_partitions(files: Sequence[PartitionFile], rows: Sequence[tuple[str, Sequence[str]]]) -> Figure:
+    """Each client's examples, stacked by label: a row for each task; of each partition the lowest seed."""
+    widest = max(len(partitions) for _, partitions in rows)
+    figure, grid = panels(len(rows), widest, height=1.6)
+    for row, (task, partitions) in enumerate(rows):
+        last, place = None, grid[row, 0]
+        for axes in grid[row, len(partitions) :]:
+            blank(axes)
         for column, partition in enumerate(partitions):
             axes = grid[row, column]
             found = [file for file in files if (file.task, file.partition) == (task, partition)]
@@ -32,12 +35,11 @@ def draw_partitions(files: Sequence[PartitionFile], tasks: list[str], partitions
             _draw_partition(axes, file)
             gini, divergence = file.skew["size_gini"], file.skew["label_divergence"]
             axes.set_title(
-                f"{shorten(partition, letters_above(len(partitions)) - 4)}\n"
-                f"skew {divergence:.2f}, Gini {gini:.2f}",
+                f"{shorten(partition, letters_above(widest) - 4)}\nskew {divergence:.2f}, Gini {gini:.2f}",
                 pad=3,
                 linespacing=1.0,
             )
-            last = file
+            last, place = file, axes
         name_row(grid[row, 0], task, "examples")
         if last is not None:
             names, _ = last.content()
@@ -48,7 +50,7 @@ def draw_partitions(files: Sequence[PartitionFile], tasks: list[str], partitions
                     [handles[0], handles[-1]],
                     [labels[0], f"… {labels[-1]} ({len(labels)})"],
                 )
-            grid[row, -1].legend(
+            place.legend(
                 handles[::-1],
                 labels[::-1],
                 loc="center left",

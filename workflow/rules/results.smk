@@ -1,6 +1,6 @@
 # From the records to tables, figures and pages.
 
-from fedlm.results.contents import Contents, names_of_figures, names_of_tables
+from fedlm.results.contents import Contents, cells_of, names_of_figures, names_of_tables
 
 CONTENTS = Contents.of(study)
 TITLES_OF_TABLES = {
@@ -23,7 +23,7 @@ PAGES = Path(workflow.basedir, "workflow", "scripts", "pages.py")
 PAGE_PARTS = [
     f"fedlm/results/page/explorer.{ending}" for ending in ("html", "css", "js")
 ]
-PICTURES = names_of_figures(len(study.tasks), len(study.partitions), CONTENTS)
+PICTURES = names_of_figures(cells_of(study), CONTENTS)
 
 
 rule collect:
