@@ -713,6 +713,18 @@ def test_findings_need_all_tables(tabled, tmp_path):
         findings.write_up(tmp_path, "made_up")
 
 
+@pytest.mark.slow
+def test_findings_can_be_written_before_centralised_training_is_done(study, tabled, tmp_path):
+    _, rounds, scene = study
+    early = scene._replace(runs=scene.runs[scene.runs["method_name"] != "centralized"])
+    table = cost_to_target.cost_to_target_table(early, rounds)
+    for path in tabled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table.numbers.to_csv(tmp_path / "cost_to_target.csv", index=False)
+    text = findings.write_up(tmp_path, "made_up")
+    assert len(table.numbers) == 0 and "## At what price" in text and "never" not in text
+
+
 def test_the_schedule_of_a_study_says_who_takes_turns(small_study):
     methods = {"fedavg": None, "fedcybgd": None, "fedbavg": {"method": "fedcybgd", "clients_per_block": 2}}
     found = cohorts(reading.parse({**small_study, "methods": methods}))

@@ -14,6 +14,7 @@ from fedlm.results.typeset import Table, significant
 
 TARGETS = (0.90, 0.97)  # of the centralised score
 KEYS = [*CELL, "method", "seed"]
+NUMBERS = [*CELL, "method", "title", "control", "target", "centralised_score", "reached", "seeds"]
 
 
 def centralised_scores(scene: Scene) -> dict[tuple[str, str], float]:
@@ -138,7 +139,7 @@ def cost_to_target_table(
     return Table(
         "cost_to_target",
         "What it costs to come near centralised training",
-        pandas.DataFrame(numbers),
+        pandas.DataFrame(numbers, columns=[*NUMBERS, *quantities]),
         shown,
         numpy.zeros(shown.shape, dtype=bool),
         3,
