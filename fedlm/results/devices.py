@@ -95,6 +95,11 @@ class Devices(Settings):
         }
 
 
+def columns_of_seconds(names: Iterable[str]) -> list[str]:
+    """Return those of a table's columns that are among `Devices.columns`."""
+    return [name for name in names if name.startswith("seconds_on(")]
+
+
 def in_words(column: str) -> str:
     """Return the name of a column of `Devices.columns` for a reader: seconds on phone, 5g."""
     return column.replace("_on(", " on ").removesuffix(")")

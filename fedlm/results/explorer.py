@@ -20,7 +20,7 @@ from fedlm.base.files import write_atomically
 from fedlm.data.partition import PartitionFile
 from fedlm.results.cells import CELL, metric_text, points
 from fedlm.results.cost_to_target import cost_to_target_table
-from fedlm.results.devices import Devices, in_words, seconds_so_far
+from fedlm.results.devices import Devices, columns_of_seconds, in_words, seconds_so_far
 from fedlm.results.drawing import KINDS, styles
 from fedlm.results.panes import ALONG, AXES, Panes, looks
 from fedlm.results.ranking import ranking_table
@@ -240,10 +240,7 @@ def _target(
         for task, partition in zip(numbers["task"], numbers["partition"], strict=True)
     ]
     seeds = numbers["reached"].astype(str) + " of " + numbers["seeds"].astype(str)
-    seconds = {
-        name: f"seconds_{number}"
-        for number, name in enumerate(name for name in numbers if name.startswith("seconds_on("))
-    }
+    seconds = {name: f"seconds_{number}" for number, name in enumerate(columns_of_seconds(numbers))}
     kept = ["task", "partition", "method", "title", "target", "round", *COSTS, *seconds]
     return numbers[kept].rename(columns=seconds).assign(cell=cells, text=seeds)
 

@@ -9,7 +9,7 @@ import pandas
 
 from fedlm.base.errors import UserError
 from fedlm.results.claims import CONTRADICTED, SUPPORTED, UNDECIDED, UNTESTABLE
-from fedlm.results.devices import in_words
+from fedlm.results.devices import columns_of_seconds, in_words
 from fedlm.results.typeset import significant
 
 TEMPLATE = Path(__file__).with_suffix(".md.j2")
@@ -66,7 +66,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "prices": _prices(main),
         "against": titles.get(AGAINST),
         "targets": _targets(frames["cost_to_target"]),
-        "seconds": [name for name in frames["cost_to_target"] if name.startswith("seconds_on(")],
+        "seconds": columns_of_seconds(frames["cost_to_target"]),
         "judged": judged,
         "verdicts": claims["verdict"].value_counts().to_dict(),
         "supported": SUPPORTED,
@@ -134,7 +134,7 @@ def _prices(main: pandas.DataFrame) -> dict[str, list[float]]:
 def _targets(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Return for each method and target in how many cells it gets there, and the median costs of these."""
     rows = []
-    seconds = [name for name in table if name.startswith("seconds_on(")]
+    seconds = columns_of_seconds(table)
     for (method, target), own in table.groupby(["method", "target"], sort=False):
         there = own[own["round"].notna()]
         rows.append(
