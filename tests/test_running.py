@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fedlm.__main__ import app
 from fedlm.base.errors import UserError
 from fedlm.base.files import locked
+from fedlm.data.partition import PartitionFile
 from fedlm.jobs import record as record_module
 from fedlm.jobs import running
 from fedlm.study.reading import load
@@ -126,6 +127,27 @@ def test_a_partition_that_other_code_drew_is_drawn_again(tmp_path):
     path.write_bytes(drawn.replace(b'"code_sha256": "', b'"code_sha256": "0'))
     made(tmp_path, RUN, [])
     assert path.read_bytes() == drawn
+
+
+def test_a_partition_drawn_again_keeps_what_a_processor_rounds_differently(tmp_path):
+    """Runs of several machines can only be compared if their partitions have the same hash."""
+    study = load(tiny_study.write(tmp_path, examples=60, **ROUND))
+    folders = running.Folders("study", tmp_path / "results")
+    running.prepare(study, "films", folders, print)
+    path = folders.partition("films", "iid", 1)
+
+    def drawn_after(factor):
+        skew = {name: value * factor for name, value in drawn.skew.items()}
+        drawn.model_copy(update={"skew": skew, "code_sha256": "other"}).write(path)
+        return running.partition(study, "films", "iid", 1, folders), skew
+
+    drawn = running.partition(study, "films", "iid", 1, folders)
+    assert all(value > 0 for name, value in drawn.skew.items() if name != "size_gini")
+    again, skew = drawn_after(1 + 1e-15)
+    assert again.skew == skew != drawn.skew and again.code_sha256 == drawn.code_sha256
+    assert PartitionFile.read(path) == again
+    again, _ = drawn_after(1.001)
+    assert again == drawn
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ schemes, numbers of clients and numbers of labels.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -146,6 +147,15 @@ class PartitionFile(Settings):
     def parts(self) -> list[numpy.ndarray]:
         """One sorted int64 array of pool indices for each client."""
         return [numpy.array(part, dtype=numpy.int64) for part in self.indices]
+
+    def with_skew_of(self, other: "PartitionFile") -> "PartitionFile":
+        """Return this partition with the measured skew of another of the same clients, or else its own."""
+        alike = self.sha256 == other.sha256 and self.label_counts == other.label_counts
+        near = self.skew.keys() == other.skew.keys() and all(
+            math.isclose(value, other.skew[name], rel_tol=1e-9, abs_tol=1e-12)
+            for name, value in self.skew.items()
+        )
+        return self.model_copy(update={"skew": other.skew}) if alike and near else self
 
     def content_hash(self) -> str:
         """Return the SHA-256 of the partition without its labels and the code that drew it."""

@@ -109,7 +109,11 @@ def _is_divided(config: RunConfig, run: Run, folders: Folders) -> bool:
 
 
 def partition(study: Study, task: str, label: str, seed: int, folders: Folders) -> PartitionFile:
-    """Divide a prepared task's training examples among the clients and write the partition file."""
+    """Divide a prepared task's training examples among the clients and write the partition file.
+
+    A file that divides them alike keeps its measured skew, whose last digits depend on the processor, so that
+    runs made on several machines can be compared.
+    """
     from fedlm.data.prepared import Prepared
 
     if label not in study.partitions:
@@ -131,7 +135,10 @@ def partition(study: Study, task: str, label: str, seed: int, folders: Folders) 
         label_names=data.label_names,
         group_names=data.group_names,
     )
-    made.write(folders.partition(task, label, seed))
+    path = folders.partition(task, label, seed)
+    with suppress(UserError):  # absent, damaged, of another version
+        made = made.with_skew_of(PartitionFile.read(path))
+    made.write(path)
     return made
 
 

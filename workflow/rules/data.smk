@@ -26,7 +26,7 @@ rule partition:
         examples=EXAMPLES,
         description=DESCRIPTION,
     output:
-        PARTITION,
+        update(PARTITION),  # what is there keeps its last digits (`running.partition`)
     log:
         f"{RESULTS}/logs/partition/{{task}}/{{partition}}/seed{{seed}}.log",
     conda:
