@@ -87,6 +87,7 @@ KNOWN = {
     "heterofl": Style("#DDCC77", (5, 0, 180), _DOTTED),
     "fedkseed": Style("#1A85FF", (8, 1, 0), _DOTTED),
     "fedmezo": Style("#CC6677", (5, 1, 180), _DOTTED),
+    "fedcybgd_rotating": Style("#7A2E0E", (7, 1, 0), _MIXED),  # a row of the benchmark
 }
 # Greys are for controls.
 _COLOURS = [style.colour for style in KNOWN.values() if style.colour[1:3] != style.colour[3:5]]
