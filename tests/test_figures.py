@@ -239,10 +239,11 @@ def test_everything_is_in_view_and_texts_do_not_overlap(drawn):
     for key in ("task", "partition", "method"):
         rounds[key] = rounds[key].astype(str)
     look = drawing.styles(scene.methods)
+    rows = [(task, scene.partitions) for task in scene.tasks]
     with matplotlib.rc_context(drawing.SETTINGS):
         drawings = {
-            "rounds": over_rounds(scene, rounds, look, scene.tasks, scene.partitions),
-            "bytes": over_bytes(scene, rounds, look, scene.tasks, scene.partitions),
+            "rounds": over_rounds(scene, rounds, look, rows),
+            "bytes": over_bytes(scene, rounds, look, rows),
             "trade-off": trade_off(scene, look, [(task, "dirichlet_0.1") for task in scene.tasks]),
             "heterogeneity": over_heterogeneity(scene, look, scene.tasks),
             "memory": memory(scene, scene.tasks),
