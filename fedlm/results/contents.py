@@ -1,5 +1,6 @@
 """Which tables and figures a study has. The pipeline plans with it, so nothing large is imported here."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,11 +32,10 @@ class Contents(NamedTuple):
     @classmethod
     def of(cls, study: Study) -> "Contents":
         """Return the contents of a study."""
-        runs = list(study.runs())
-        names = {label: study.methods[label].method for label in {run.method for run in runs}}
+        names = {label: study.methods[label].method for label in {run.method for run in study.runs()}}
         return cls(
             competitors=sum(name not in study.found.controls() for name in names.values()),
-            cells=len({(run.task, run.partition) for run in runs}),
+            cells=len(cells_of(study)),
             centralized="centralized" in names.values(),
             tuned=getattr(study, "tuning", None) is not None,
         )
@@ -106,8 +106,8 @@ def pages_of_cells(cells: Cells) -> list[list[tuple[str, list[str]]]]:
 
 def compared_tasks(cells: Cells) -> list[str]:
     """Return the tasks that have more than one partition, or all, where none has."""
-    tasks = [task for task, _ in cells]
-    return list(dict.fromkeys(task for task in tasks if tasks.count(task) > 1)) or list(dict.fromkeys(tasks))
+    partitions = Counter(task for task, _ in cells)
+    return [task for task, count in partitions.items() if count > 1] or list(partitions)
 
 
 def chunks(values: Sequence[Any]) -> list[Any]:
