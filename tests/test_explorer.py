@@ -221,6 +221,23 @@ def test_filters_act_on_all_panes_and_stand_in_the_address(browser, page):
 
 
 @pytest.mark.slow
+def test_a_class_has_one_colour_in_all_partitions_of_a_task(browser, page):
+    reader = Reader(browser, page, "#task=bbc_news")
+    legends = reader.page.evaluate(
+        """[...document.querySelectorAll("#partitions .chart .mark-group.role-legend")].map((legend) => {
+            const colours = [...legend.querySelectorAll(".role-legend-symbol path")].map((path) =>
+                path.getAttribute("fill"));
+            return [...legend.querySelectorAll(".role-legend-label text")].map((text, place) =>
+                [text.textContent, colours[place]]);
+        })"""
+    )
+    assert len(legends) == len(STUDY["partitions"])
+    assert legends[0] and all(legend == legends[0] for legend in legends)
+    assert len({colour for _, colour in legends[0]}) == len(legends[0])
+    reader.close()
+
+
+@pytest.mark.slow
 def test_an_address_of_another_study_does_no_harm(browser, page):
     for address in ("#task=absent&x=nothing&cell=[]", "#hide=%5B1", f"#cell={quote('{1')}&share=3"):
         reader = Reader(browser, page, address)

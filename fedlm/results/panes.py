@@ -44,7 +44,7 @@ def looks(look: Mapping[str, Style], titles: Mapping[str, str]) -> list[dict[str
 def symbol(marker: Any) -> str:
     """Return a marker of matplotlib's as Vega draws it: an SVG path, within -1 and 1 for most."""
     if marker == "_":
-        return "stroke"
+        return "M-1,-0.2L1,-0.2L1,0.2L-1,0.2Z"  # matplotlib's is a line, which has nothing to fill
     with settings():  # matplotlib remembers how it set a text, whatever the fonts are next time
         style = MarkerStyle(marker)
     path = style.get_path().transformed(style.get_transform() + Affine2D().scale(2, -2))
@@ -209,15 +209,17 @@ class Panes:
                 y=altair.Y("examples:Q", title="examples"),
                 color=altair.Color(
                     "label:N",
-                    sort=None,
+                    sort=altair.EncodingSortField("order", op="min"),
                     scale=altair.Scale(scheme="viridis"),
-                    legend=altair.Legend(orient="bottom", title=None, symbolLimit=8),
+                    legend=altair.Legend(
+                        orient="bottom", title=None, symbolLimit=8, columns=2, labelLimit=110
+                    ),
                 ),
                 order="order:Q",
                 tooltip=["client:O", "label:N", "examples:Q"],
             )
         )
-        return self._by_cell(chart, ("color",))
+        return self._by_cell(chart, ("color", "x"))
 
     def _target(self) -> altair.TopLevelMixin:
         base = altair.Chart(altair.NamedData(name="target"))

@@ -260,10 +260,9 @@ function options(select, choices) {
 
 function glyph(method) {
   const made = document.createElement("span");
-  const stroke = method.shape === "stroke"; // the one symbol of Vega's own
   made.innerHTML = '<svg width="16" height="16" viewBox="-1.5 -1.5 3 3" aria-hidden="true"><path></path></svg>';
   const path = made.querySelector("path");
-  path.setAttribute("d", stroke ? "M-1,-0.2H1V0.2H-1Z" : method.shape);
+  path.setAttribute("d", method.shape);
   path.setAttribute("fill", method.colour);
   return made;
 }
