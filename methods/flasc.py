@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedlm.exchange.compression import SparseUpload
 from fedlm.federation.method import weighted_mean
+from fedlm.federation.search import LogRange
 from fedlm.federation.settings import ServerAdamW
 from methods.fedlora import FedLoRA
 
@@ -33,6 +34,11 @@ class Flasc(FedLoRA):
     title = "FLASC"
     reference = "arXiv:2406.05233"
     server_optimizer = ServerAdamW(name="adamw")
+    # The server's rate decides how far entries move at all; the authors' 1e-3 suits their 200 rounds.
+    search = {
+        "training.learning_rate": LogRange(3e-4, 3e-2),
+        "server_optimizer.learning_rate": LogRange(1e-3, 1e-1),
+    }
 
     class Config(FedLoRA.Config):
         """The densities of the messages."""

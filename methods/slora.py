@@ -36,7 +36,7 @@ class SLoRA(FedLoRA):
 
     title = "SLoRA"
     reference = "arXiv:2308.06522"
-    search = {"training.learning_rate": LogRange(3e-5, 3e-3)}
+    search = {"training.learning_rate": LogRange(3e-4, 3e-2)}
 
     class Config(FedLoRA.Config):
         """The stages."""

@@ -116,7 +116,8 @@ def test_a_value_lies_in_its_range_up_to_rounding(position, low, factor):
     ("search", "message"),
     [
         ({}, "allowed: ranges of 1 to 3 settings"),
-        ({"rate": LogRange(1, 2)}, "'rate'; allowed: training.<key>, or a key of the method's Config"),
+        ({"rate": LogRange(1, 2)}, "'rate'; allowed: training.<key>, server_optimizer.<key> of "),
+        ({"server_optimizer.learning_rate": LogRange(1, 2)}, "'server_optimizer.learning_rate'; allowed: "),
         ({"training.learning_rate": LogRange(1.0, 1.0)}, "allowed: LogRange(low, high) with 0 < low < high"),
         ({"payload": OneOf(("float32",))}, "with at least two values"),
         ({"payload": OneOf(("float32", "int3"))}, "search.payload: 'int3'; "),
@@ -149,6 +150,14 @@ def test_a_search_space_that_cannot_be_used_is_refused_when_its_file_is_found(se
             "methods.fedavg.training.learning_rate: allowed: nothing, since `tuning` chooses it",
         ),
         (
+            {"methods": {"flasc": {"server_optimizer": {"name": "adamw", "learning_rate": 1e-2}}}},
+            "methods.flasc.server_optimizer.learning_rate: allowed: nothing, since `tuning` chooses it",
+        ),
+        (
+            {"methods": {"flasc": {"server_optimizer": {"name": "none"}}}},
+            "methods.flasc.server_optimizer: none; allowed: one with a learning_rate to tune",
+        ),
+        (
             {"methods": {"wild": {"power": 0}}},
             "methods.wild.power: allowed: nothing, since `tuning` chooses it",
         ),
@@ -169,6 +178,26 @@ def test_a_search_space_that_cannot_be_used_is_refused_when_its_file_is_found(se
 def test_a_tuning_that_cannot_be_right_is_refused_before_any_job(tmp_path, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load(study_of(tmp_path, **changes))
+
+
+def test_the_rate_of_a_server_optimizer_is_tuned_and_its_other_settings_stay(tmp_path):
+    row = {"server_optimizer": {"name": "adamw", "epsilon": 1e-6}}
+    study = load(study_of(tmp_path, methods={"flasc": None, "other": {"method": "flasc", **row}}))
+    for method, epsilon in (("flasc", 1e-8), ("other", 1e-6)):
+        rates = set()
+        for run in study.trials():
+            if run.method == method:
+                config = study.run(*run)
+                optimizer = config.federation.server_optimizer
+                assert (optimizer.name, optimizer.epsilon) == ("adamw", epsilon)
+                assert optimizer.learning_rate == config.searched["server_optimizer.learning_rate"]
+                assert config.training.learning_rate == config.searched["training.learning_rate"]
+                rates.add(optimizer.learning_rate)
+        assert len(rates) == 3
+    assert study.run("films", "iid", "flasc", 1).federation.server_optimizer is None
+    chosen = {"training.learning_rate": 1e-3, "server_optimizer.learning_rate": 0.02}
+    run = study.run("films", "iid", "other", 1, chosen=chosen)
+    assert run.federation.server_optimizer.learning_rate == 0.02
 
 
 def test_every_tuned_row_gets_the_same_number_of_trials_on_one_partition(tmp_path):

@@ -190,11 +190,14 @@ def _check_search(method: type[Method], path: Path) -> None:
     where, search = f"{path}: {method.__name__}.search", method.search
     if not isinstance(search, dict) or not 1 <= len(search) <= MOST_SEARCHED:
         raise UserError(f"{where}: {shown(search)}; allowed: ranges of 1 to {MOST_SEARCHED} settings")
-    settings = {f"training.{key}" for key in Training.model_fields} | set(method.Config.model_fields)
+    optimizer = type(method.server_optimizer)
+    sections = {"training": Training, "server_optimizer": optimizer, "": method.Config}
     for key, places in search.items():
-        if key not in settings:
+        section, _, name = key.rpartition(".")
+        if section not in sections or name not in sections[section].model_fields:
             raise UserError(
-                f"{where}: {shown(key)}; allowed: training.<key>, or a key of the method's Config"
+                f"{where}: {shown(key)}; allowed: training.<key>, server_optimizer.<key> of the method's own "
+                "server optimizer, or a key of the method's Config"
             )
         tried: tuple = ()
         if isinstance(places, LogRange):
@@ -206,10 +209,9 @@ def _check_search(method: type[Method], path: Path) -> None:
                 f"{where}.{key}: {shown(places)}; allowed: LogRange(low, high) with 0 < low < high, or OneOf "
                 "with at least two values"
             )
-        section, _, name = key.rpartition(".")
         for value in tried:
             try:
-                (Training if section else method.Config).model_validate({name: value})
+                sections[section].model_validate({name: value})
             except ValidationError as error:
                 # Other keys may be required, or have to fit this one: the study's check sees to that.
                 for item in error.errors():

@@ -146,7 +146,7 @@ def parse(values: dict, where: str = "study", folder: Path = Path()) -> Study:
     tuning = _tuning(reader, values.get("tuning"), seeds, tasks, partitions)
     for name, entry in methods.items():
         if entry is not None:
-            _tuned(reader, name, entry, tuning, tasks, methods, found.methods)
+            _tuned(reader, name, entry, tuning, plain["federation"], tasks, methods, found.methods)
     size = len(tasks) * len(partitions) * len(methods) * len(seeds)
     if size > LARGEST_STUDY:
         reader.fault("study", f"{size} runs; allowed: at most {LARGEST_STUDY}")
@@ -233,6 +233,7 @@ def _tuned(
     label: str,
     entry: MethodEntry,
     tuning: Tuning | None,
+    federation: Federation | None,
     tasks: dict,
     methods: dict,
     known: dict,
@@ -245,7 +246,15 @@ def _tuned(
         return
     for key in known[entry.method].search:
         section, _, name = key.rpartition(".")
-        if name in (entry.training if section else entry.settings.model_fields_set):
+        optimizer = entry.server_optimizer or (federation and federation.server_optimizer)
+        given = {
+            "": entry.settings.model_fields_set,
+            "training": entry.training,
+            "server_optimizer": optimizer.model_fields_set if optimizer else set(),
+        }
+        if section == "server_optimizer" and optimizer and name not in type(optimizer).model_fields:
+            reader.fault(f"{path}.server_optimizer", f"{optimizer.name}; allowed: one with a {name} to tune")
+        elif name in given[section]:
             reader.fault(f"{path}.{key}", "allowed: nothing, since `tuning` chooses it")
     if entry.tuned_as is None:
         return

@@ -226,10 +226,14 @@ class Study(Settings):
             from fedlm.study.tuning import settings_of  # only here, since it imports scipy
 
             searched = settings_of(kind, trial)
-        of_training = {key.removeprefix("training."): value for key, value in searched.items() if "." in key}
-        of_itself = {key: value for key, value in searched.items() if "." not in key}
+        of: dict[str, dict[str, Any]] = {"": {}, "training": {}, "server_optimizer": {}}
+        for key, value in searched.items():
+            section, _, name = key.rpartition(".")
+            of[section][name] = value
         optimizer = of_method.server_optimizer
-        of_server = {"server_optimizer": optimizer.model_dump()} if optimizer else {}
+        if of["server_optimizer"]:
+            optimizer = optimizer or self.federation.server_optimizer or kind.server_optimizer
+        of_server = {"server_optimizer": optimizer.model_dump() | of["server_optimizer"]} if optimizer else {}
         return RunConfig(
             study=self.study,
             task_label=task,
@@ -245,9 +249,9 @@ class Study(Settings):
             partition=self.partitions[partition],
             method=of_method.method,
             method_class=kind,
-            method_settings=_merged(of_method.settings, of_itself) if of_itself else of_method.settings,
+            method_settings=_merged(of_method.settings, of[""]) if of[""] else of_method.settings,
             federation=_merged(self.federation, of_task.federation, of_server),
-            training=_merged(self.training, of_task.training, of_method.training, of_training),
+            training=_merged(self.training, of_task.training, of_method.training, of["training"]),
         )
 
 
