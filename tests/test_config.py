@@ -104,6 +104,25 @@ def test_settings_of_the_task_override_the_study_and_those_of_the_method_both():
         study.run("films", "iid", "fast", 1)
 
 
+def test_a_row_has_its_own_budgets_or_those_of_the_study():
+    federation = {"clients": 4, "budgets": [{"share": 0.5, "memory": "1 GB"}]}
+    rows = {
+        "embracingfl": None,
+        "weaker": {"method": "embracingfl", "budgets": [{"share": 0.25, "memory": "60 MB"}]},
+        "free": {"method": "embracingfl", "budgets": []},
+    }
+    study = parse(changed(federation=federation, methods=copy.deepcopy(rows)))
+    found = {row: study.run("films", "iid", row, 1).federation.budgets for row in rows}
+    assert {row: [(one.share, one.memory) for one in budgets] for row, budgets in found.items()} == {
+        "embracingfl": [(0.5, 10**9)],
+        "weaker": [(0.25, 60 * 10**6)],
+        "free": [],
+    }
+    rows["weaker"]["budgets"][0]["share"] = 2
+    with pytest.raises(UserError, match=r"methods.weaker.budgets.0.share: 2; "):
+        parse(changed(methods=rows))
+
+
 def test_a_resolved_configuration_is_a_study_again():
     """What a record states is enough to make the run again."""
     run = parse(PLAIN).run("films", "skewed", "slow", 2)

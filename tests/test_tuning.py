@@ -154,10 +154,6 @@ def test_a_search_space_that_cannot_be_used_is_refused_when_its_file_is_found(se
             "methods.flasc.server_optimizer.learning_rate: allowed: nothing, since `tuning` chooses it",
         ),
         (
-            {"methods": {"flasc": {"server_optimizer": {"name": "none"}}}},
-            "methods.flasc.server_optimizer: none; allowed: one with a learning_rate to tune",
-        ),
-        (
             {"methods": {"wild": {"power": 0}}},
             "methods.wild.power: allowed: nothing, since `tuning` chooses it",
         ),
@@ -198,6 +194,9 @@ def test_the_rate_of_a_server_optimizer_is_tuned_and_its_other_settings_stay(tmp
     chosen = {"training.learning_rate": 1e-3, "server_optimizer.learning_rate": 0.02}
     run = study.run("films", "iid", "other", 1, chosen=chosen)
     assert run.federation.server_optimizer.learning_rate == 0.02
+    plain = load(study_of(tmp_path, methods={"flasc": {"server_optimizer": {"name": "none"}}}))
+    with pytest.raises(UserError, match=r"methods.flasc.server_optimizer: none; allowed: .*: learning_rate"):
+        plain.run("films", "iid", "flasc", 9, trial=0)
 
 
 def test_every_tuned_row_gets_the_same_number_of_trials_on_one_partition(tmp_path):

@@ -252,9 +252,7 @@ def _tuned(
             "training": entry.training,
             "server_optimizer": optimizer.model_fields_set if optimizer else set(),
         }
-        if section == "server_optimizer" and optimizer and name not in type(optimizer).model_fields:
-            reader.fault(f"{path}.server_optimizer", f"{optimizer.name}; allowed: one with a {name} to tune")
-        elif name in given[section]:
+        if name in given[section]:
             reader.fault(f"{path}.{key}", "allowed: nothing, since `tuning` chooses it")
     if entry.tuned_as is None:
         return
@@ -329,6 +327,10 @@ def _method(
     optimizer = entry.pop("server_optimizer", None)
     if optimizer is not None:
         optimizer = reader.parse(f"{path}.server_optimizer", ServerOptimizer, optimizer)
+    budgets = entry.pop("budgets", None)
+    if budgets is not None:
+        of_row = reader.parse(path, Federation, {"budgets": budgets})
+        budgets = of_row and of_row.budgets
     title = entry.pop("title", None)
     if title is not None and not (isinstance(title, str) and 0 < len(title) <= 60 and title.isprintable()):
         reader.fault(f"{path}.title", f"{shown(title)}; allowed: one line of up to 60 characters")
@@ -345,6 +347,7 @@ def _method(
         training=training,
         tuned_as=tuned_as,
         server_optimizer=optimizer,
+        budgets=budgets,
         **only,
     )
 

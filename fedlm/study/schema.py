@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from fedlm.data.schemes import PartitionConfig
 from fedlm.federation.method import MethodConfig
-from fedlm.federation.settings import Federation, ServerOptimizer, Training
+from fedlm.federation.settings import Budget, Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study import plugins
 from fedlm.study.study import LABEL, Pipeline, Tuning
@@ -54,6 +54,7 @@ def schema() -> str:
         "training": training,
         "tuned_as": {"type": "string", "description": "row whose trials choose this row's settings too"},
         "server_optimizer": {"anyOf": [{"type": "null"}, reference(ServerOptimizer, "ServerOptimizer")]},
+        "budgets": {"type": "array", "items": reference(Budget), "maxItems": 100},
     }
     reference(MethodConfig)
     names = {"pattern": f"^{LABEL.pattern}$"}

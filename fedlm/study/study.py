@@ -17,7 +17,7 @@ from fedlm.base.settings import Settings
 from fedlm.data.schemes import PartitionConfig
 from fedlm.data.task import Task
 from fedlm.federation.method import Method
-from fedlm.federation.settings import Federation, ServerOptimizer, Training
+from fedlm.federation.settings import Budget, Federation, ServerOptimizer, Training
 from fedlm.models.config import ModelConfig
 from fedlm.study.plugins import Found, file_of, is_own
 
@@ -70,6 +70,7 @@ class MethodEntry(Settings):
     tuned_as: str | None = None
     training: dict[str, Any] = {}
     server_optimizer: ServerOptimizer | None = None
+    budgets: list[Budget] | None = None
 
 
 class Run(NamedTuple):
@@ -230,10 +231,20 @@ class Study(Settings):
         for key, value in searched.items():
             section, _, name = key.rpartition(".")
             of[section][name] = value
+        federation = _merged(self.federation, of_task.federation)
+        of_row: dict[str, Any] = {}
         optimizer = of_method.server_optimizer
         if of["server_optimizer"]:
-            optimizer = optimizer or self.federation.server_optimizer or kind.server_optimizer
-        of_server = {"server_optimizer": optimizer.model_dump() | of["server_optimizer"]} if optimizer else {}
+            optimizer = optimizer or federation.server_optimizer or kind.server_optimizer
+            if not set(of["server_optimizer"]) <= set(type(optimizer).model_fields):
+                raise UserError(
+                    f"methods.{method}.server_optimizer: {optimizer.name}; allowed: one that has what "
+                    f"`tuning` chooses for {of_method.method}: {', '.join(of['server_optimizer'])}"
+                )
+        if optimizer:
+            of_row["server_optimizer"] = optimizer.model_dump() | of["server_optimizer"]
+        if of_method.budgets is not None:
+            of_row["budgets"] = [budget.model_dump() for budget in of_method.budgets]
         return RunConfig(
             study=self.study,
             task_label=task,
@@ -250,7 +261,7 @@ class Study(Settings):
             method=of_method.method,
             method_class=kind,
             method_settings=_merged(of_method.settings, of[""]) if of[""] else of_method.settings,
-            federation=_merged(self.federation, of_task.federation, of_server),
+            federation=_merged(federation, of_row),
             training=_merged(self.training, of_task.training, of_method.training, of["training"]),
         )
 
