@@ -18,7 +18,7 @@ from fedlm.base.randomness import derive, numpy_stream, torch_stream
 from fedlm.exchange.declared import Declared
 from fedlm.federation.facts import ENCODERS
 from fedlm.federation.method import KeepNothingConfig, Method
-from fedlm.federation.search import LogRange
+from fedlm.federation.search import LogRange, OneOf
 from fedlm.federation.state import Segment
 from fedlm.federation.zeroth_order import require_plain_steps
 
@@ -49,7 +49,8 @@ class FedBPT(Method):
     title = "FedBPT"
     reference = "arXiv:2310.01467"
     kinds = ("classification",)
-    search = {"spread": LogRange(1, 100), "sigma": LogRange(0.1, 3)}
+    # Not `sigma`: the projection is divided by it, so that it changes nothing but rounding.
+    search = {"spread": LogRange(1, 100), "corruption": OneOf((0.0, 0.5))}
 
     class Config(KeepNothingConfig):
         """The prompt, the search, and how the model answers."""

@@ -15,11 +15,14 @@ from pydantic import Field
 from fedlm.base.errors import UserError
 from fedlm.exchange.declared import Declared
 from fedlm.federation.method import weighted_mean
+from fedlm.federation.search import LogRange
 from fedlm.federation.state import Segment
 from methods.fedprompt import FedPrompt
 
 if TYPE_CHECKING:
     from fedlm.federation.method import Facts, Module, PreTrainedModel, Server, Tensor, Upload
+    from fedlm.federation.optimizer import Correction
+    from fedlm.federation.settings import Training
     from fedlm.federation.turn import Turn
 
 SMOOTHING = 1e-5  # added to the eigenvalues of a layer's score
@@ -37,6 +40,8 @@ class FedPepTAO(FedPrompt):
 
     title = "FedPepTAO"
     reference = "arXiv:2310.15080"
+    # The server's step does not shrink with the clients' rate: at low rates its default drowns theirs.
+    search = {"training.learning_rate": LogRange(3e-3, 3e-1), "server_rate": LogRange(5e-4, 5e-2)}
 
     class Config(FedPrompt.Config):
         """The chosen layers, and the server's step."""
@@ -51,6 +56,11 @@ class FedPepTAO(FedPrompt):
             min_length=1,
             description="numbers of the layers that are exchanged, 0 at the input; None: those of the "
             "highest scores, found in the first round",
+        )
+        others: Literal["personal", "fixed"] = Field(
+            "personal",
+            description="prefixes of the layers that are not exchanged: each client trains and keeps its "
+            "own, or all have those that were drawn at the start",
         )
         server_rate: float = Field(0.05, ge=0, le=100, description="rate of the server's step; 0: plain mean")
         server_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the server's step")
@@ -74,6 +84,18 @@ class FedPepTAO(FedPrompt):
             raise UserError(
                 f"layers: {layers}; allowed: numbers from 0 to {facts.blocks - 1}, the model's last layer, "
                 "each once"
+            )
+        if self.config.others == "fixed" and self.config.scored == "personal":
+            raise UserError(
+                "scored: personal with others: fixed; allowed: shared, since all have the same model"
+            )
+
+    def check_training(self, training: Training) -> None:
+        super().check_training(training)
+        if self.config.others == "fixed" and training.weight_decay:
+            raise UserError(
+                f"training.weight_decay: {training.weight_decay} with others: fixed; allowed: 0, since it "
+                "would also move the prefixes that are not trained"
             )
 
     def averages(self) -> bool:
@@ -126,9 +148,13 @@ class FedPepTAO(FedPrompt):
         return received | {self.prefix: prefix}
 
     def train(self, turn: Turn) -> None:
-        if not self._only_scores(turn.round):
-            return super().train(turn)
         import torch
+
+        if not self._only_scores(turn.round):
+            correct = self._hold_others(turn) if self.config.others == "fixed" else None
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(segment, correct=correct)
+            return
 
         (segment,) = self.segments(turn.client, turn.round, turn.steps)
         with self._watching(turn.model) as states:
@@ -137,7 +163,6 @@ class FedPepTAO(FedPrompt):
         found = torch.stack([layer_score(state) for state in states]) if states else torch.zeros(self.depth)
         # Scaled to what half precision can hold. The last layer is never scored, as in the authors' code.
         turn.results = {self.scores: found[: self.depth - 1].float() * SMOOTHING}
-        return None
 
     def upload(self, turn: Turn) -> dict[str, Tensor]:
         if self._only_scores(turn.round):
@@ -146,7 +171,7 @@ class FedPepTAO(FedPrompt):
 
         values, order = super().upload(turn), turn.received[self.order]
         prefix = values.pop(self.prefix)
-        if self.count < self.depth:
+        if self.count < self.depth and self.config.others == "personal":
             turn.keep({"personal": self._take(prefix, order[self.count :])})
         return {
             **values,
@@ -199,6 +224,8 @@ class FedPepTAO(FedPrompt):
         return self._scorable(server)[self.config.scored]
 
     def further(self, server: Server) -> dict[str, Iterable[Mapping[str, Tensor]]]:
+        if self.config.others == "fixed":
+            return {}
         other = "personal" if self.config.scored == "shared" else "shared"
         return {f"{other}_score": self._scorable(server)[other]}
 
@@ -222,6 +249,17 @@ class FedPepTAO(FedPrompt):
             yield {**server.tensors, self.prefix: prefix}
         if not own:
             yield server.tensors
+
+    def _hold_others(self, turn: Turn) -> Correction:
+        """Return what takes the gradient of the layers that are not exchanged away."""
+        others = turn.received[self.order][self.count :].long()
+
+        def correct(name: str, gradient: Tensor) -> Tensor:
+            if name == self.prefix:
+                gradient.unflatten(1, (self.depth, -1))[:, others] = 0
+            return gradient
+
+        return correct
 
     def _only_scores(self, round: int) -> bool:
         return round == 1 and self.config.layers is None

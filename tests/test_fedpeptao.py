@@ -191,6 +191,26 @@ def test_the_personal_layers_stay_with_their_client_and_the_chosen_ones_are_equa
     assert torch.equal(layers(shared, OTHER), layers(first, OTHER))
 
 
+def test_fixed_layers_are_those_of_the_start_and_all_have_the_servers_model(place):
+    """With all layers but the fixed ones, the server's mean is that of FedPrompt whose others never move."""
+    options = {"rounds": 3, "layers": CHOSEN, "others": "fixed", "moments": "reset", "server_rate": 0.0}
+    watched = Watched(place, **options)
+    run = watched.run
+    first = layers(run.server.initial[run.method.prefix], OTHER)
+    for turn, end in watched.end.items():
+        assert torch.equal(layers(end, OTHER), first)
+        assert torch.equal(layers(watched.start[turn], OTHER), first)
+        assert not torch.equal(layers(end, CHOSEN), layers(watched.start[turn], CHOSEN))
+    assert not any("personal" in kept for _, kept in run.server.kept.items())
+    assert run.method.further(run.server) == {} and run.further == {}
+    weights = [len(part) / sum(map(len, run.parts)) for part in run.parts]
+    mean = sum(weight * watched.end[3, client] for client, weight in enumerate(weights))
+    torch.testing.assert_close(watched.server[2][run.method.prefix], mean, atol=1e-6, rtol=0)
+    # The others' training would have changed the chosen ones, too.
+    personal = Watched(place, **{**options, "others": "personal"})
+    assert not torch.equal(layers(personal.end[3, 0], CHOSEN), layers(watched.end[3, 0], CHOSEN))
+
+
 def by_formula(watched, rounds, rate, momentum):
     """Return, in float64, the chosen layers after each round."""
     run, method = watched.run, watched.run.method
@@ -306,8 +326,9 @@ def test_a_ranking_follows_the_scores_and_not_the_position(place):
     [
         {"clients": 5, "federation": {"participation": 0.5, "dropout_rate": 0.3}},
         {"payload": "float16", "training": {"accumulation": 2}},
+        {"others": "fixed"},
     ],
-    ids=["sampled", "half"],
+    ids=["sampled", "half", "fixed"],
 )
 def test_prediction_and_record_agree(options, place, padded):  # noqa: F811
     run = worlds.federation("fedpeptao", place, tokens=TOKENS, rounds=4, **options)
@@ -374,6 +395,14 @@ def test_layers_that_the_model_does_not_have_are_refused(given):
     [
         ({"form": "prompt"}, "fedpeptao.form: 'prompt'; Input should be 'prefix'"),
         ({"share": 0.0}, "fedpeptao.share: 0.0; Input should be greater than 0"),
+        (
+            {"others": "fixed", "scored": "personal"},
+            "fedpeptao: scored: personal with others: fixed; allowed: shared",
+        ),
+        (
+            {"others": "fixed", "training": {"weight_decay": 0.1}},
+            "fedpeptao: training.weight_decay: 0.1 with others: fixed; allowed: 0",
+        ),
         ({"moments": "handed_on"}, "fedpeptao.moments: 'handed_on'; Input should be 'reset' or 'client'"),
     ],
 )
