@@ -192,7 +192,7 @@ def test_the_personal_layers_stay_with_their_client_and_the_chosen_ones_are_equa
 
 
 def test_fixed_layers_are_those_of_the_start_and_all_have_the_servers_model(place):
-    """With all layers but the fixed ones, the server's mean is that of FedPrompt whose others never move."""
+    """Then the server's matrix is the mean of the clients', weighted by examples, in all layers."""
     options = {"rounds": 3, "layers": CHOSEN, "others": "fixed", "moments": "reset", "server_rate": 0.0}
     watched = Watched(place, **options)
     run = watched.run

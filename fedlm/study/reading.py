@@ -244,14 +244,14 @@ def _tuned(
         if entry.tuned_as is not None:
             reader.fault(f"{path}.tuned_as", f"{shown(entry.tuned_as)}; allowed only with `tuning`")
         return
+    optimizer = entry.server_optimizer or (federation and federation.server_optimizer)
+    given = {
+        "": entry.settings.model_fields_set,
+        "training": entry.training,
+        "server_optimizer": optimizer.model_fields_set if optimizer else set(),
+    }
     for key in known[entry.method].search:
         section, _, name = key.rpartition(".")
-        optimizer = entry.server_optimizer or (federation and federation.server_optimizer)
-        given = {
-            "": entry.settings.model_fields_set,
-            "training": entry.training,
-            "server_optimizer": optimizer.model_fields_set if optimizer else set(),
-        }
         if name in given[section]:
             reader.fault(f"{path}.{key}", "allowed: nothing, since `tuning` chooses it")
     if entry.tuned_as is None:

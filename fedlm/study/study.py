@@ -261,7 +261,7 @@ class Study(Settings):
             method=of_method.method,
             method_class=kind,
             method_settings=_merged(of_method.settings, of[""]) if of[""] else of_method.settings,
-            federation=_merged(federation, of_row),
+            federation=_merged(federation, of_row) if of_row else federation,
             training=_merged(self.training, of_task.training, of_method.training, of["training"]),
         )
 
