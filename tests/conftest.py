@@ -9,8 +9,13 @@ from contextlib import nullcontext
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
+from hypothesis import HealthCheck, settings
 
 from fedlm.base.processor import make_full_use
+
+# How long an example takes says more about the machine's other work than about the code.
+settings.register_profile("fedlm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedlm")
 
 # The processes that pytest starts to share the tests inherit this folder.
 OWN_CACHE = None if "FEDLM_CACHE" in os.environ else tempfile.mkdtemp(prefix="fedlm-tests-")

@@ -149,7 +149,6 @@ def test_stale_blocks_stay_as_they_were_pretrained(place):
 
 
 @given(st.integers(1, 30), st.floats(0, 1), st.integers(0, 99))
-@settings(deadline=None)
 def test_the_share_of_stale_blocks_is_rounded_and_redrawn_each_turn(count, share, client):
     operator = compression.Stale(operator="stale", share=share)
     updated = [blocks.Block(f"layer_{i}", f"layers.{i}", (f"layers.{i}.weight",)) for i in range(count)]
@@ -159,7 +158,6 @@ def test_the_share_of_stale_blocks_is_rounded_and_redrawn_each_turn(count, share
 
 
 @given(st.integers(1, 30), st.floats(0.01, 0.99), st.sets(st.integers(0, 29)), st.integers(0, 99))
-@settings(deadline=None)
 def test_a_trained_layer_is_never_dropped_and_one_is_always_left(count, rate, trained, client):
     layers = [blocks.Block(f"layer_{i}", f"layers.{i}", (f"layers.{i}.weight",)) for i in range(count)]
     anatomy = blocks.Anatomy(tuple(layers), (), (), (), (), tuple(layer.module for layer in layers))
@@ -422,7 +420,7 @@ def test_wanda_weighs_each_weight_by_the_norm_of_its_input():
 
 
 @given(st.integers(1, 8), st.integers(2, 60), st.floats(0.1, 0.9), st.integers(0, 999))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_dsnot_lowers_the_expected_error_of_rows_and_touches_no_others(rows, columns, sparsity, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)

@@ -11,7 +11,7 @@ import pandas
 import pytest
 import scipy.stats
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import TITLES, synthetic_record, synthetic_trials, write_study
 
@@ -128,7 +128,6 @@ def test_letters_are_shared_by_exactly_those_that_do_not_differ(different):
     assert letters["a"].startswith("a")
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=7))
 def test_expected_best_is_the_mean_over_all_draws(scores):
     found = statistics.expected_best(scores)

@@ -310,7 +310,7 @@ CLIENTS = st.lists(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(clients=CLIENTS, other=st.integers(0, 10_000), step=st.floats(1e-2, 10))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_flexlora_gives_the_best_product_of_its_rank(family, clients, other, step, place):
     method, initial = method_of("flexlora", place, family)
     server = Server(dict(initial), initial)
@@ -359,7 +359,7 @@ def test_flexlora_in_a_run_leaves_less_error_than_averaging_would(place):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(clients=CLIENTS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_fedex_weights_are_the_mean_of_any_uploads(family, clients, place):
     method, initial = method_of("fedex", place, family)
     server = Server(dict(initial), initial)

@@ -78,7 +78,7 @@ def test_the_narrow_model_computes_what_a_model_built_so_small_computes(family, 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "distilbert"])
 @given(data=st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_narrower_model_is_a_part_of_a_wider_one(family, tmp_path_factory, data):
     heads = data.draw(st.sampled_from([2, 4]))
     if family == "distilbert":

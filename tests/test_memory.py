@@ -226,7 +226,7 @@ def test_a_step_that_fails_fails_as_it_is():
     assert gc.isenabled()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(min_value=-8, max_value=100), max_size=40))
 def test_any_sequence_of_allocations_and_releases(actions):
     """A positive number allocates so many floats, a negative one drops the tensor at that place."""

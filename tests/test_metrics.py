@@ -18,7 +18,7 @@ numbers = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_si
 
 
 @given(classes)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_class_metrics_equal_scikit_learn(pairs):
     predictions, references = zip(*pairs, strict=True)
     expected = {
@@ -31,7 +31,7 @@ def test_class_metrics_equal_scikit_learn(pairs):
 
 
 @given(binary)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_f1_counts_class_one(pairs):
     predictions, references = map(numpy.array, zip(*pairs, strict=True))
     hits = int((predictions & references).sum())
@@ -41,7 +41,7 @@ def test_f1_counts_class_one(pairs):
 
 
 @given(numbers)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_correlations_equal_scipy_and_are_zero_where_undefined(pairs):
     predictions, references = map(list, zip(*pairs, strict=True))
     constant = len(set(predictions)) == 1 or len(set(references)) == 1

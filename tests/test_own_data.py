@@ -193,7 +193,7 @@ def test_a_single_byte_far_behind_the_beginning_is_found(tmp_path):
 
 @pytest.mark.slow
 @given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(0, 8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_utf_8_cut_anywhere_is_utf_8(text, cut):
     content = f"word {text} word".encode()
     assert tables._is_utf_8(content[: max(1, len(content) - cut)])
@@ -343,7 +343,7 @@ def test_a_folder_with_nothing_in_it_says_what_would_do(tmp_path):
     st.one_of(st.none(), st.integers(1, 400)),
     st.one_of(st.none(), st.integers(1, 40)),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_sizes_of_splits_are_known_before_they_are_drawn(
     training, validation, test, one, other, most, cap
 ):

@@ -40,7 +40,7 @@ def pool(examples=1200, num_labels=2, num_groups=4, seed=0):
     return labels, groups, generator.permutation(examples)[: examples * 3 // 4]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     scheme=st.sampled_from(SCHEMES),
     min_examples=st.integers(1, 4),
@@ -134,7 +134,7 @@ def test_iid_sizes_differ_by_at_most_one_and_labels_hardly_diverge():
     assert skew(parts, labels)["label_divergence"] < 0.01
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     clients=st.integers(1, 30),
     labels_per_client=st.integers(1, 6),
@@ -256,7 +256,7 @@ def test_skew_of_known_cases():
     assert (uneven["smallest_client"], uneven["median_client"], uneven["largest_client"]) == (1, 1, 6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3).filter(sum), min_size=1, max_size=12)
 )

@@ -101,7 +101,7 @@ def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path, monkeypatch
     assert len(records.load_rounds(tmp_path / "rounds.parquet")) == len(runs) * 5
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(end=st.integers(0, 3000))
 def test_a_cut_off_record_is_named(tmp_path, end):
     whole = json.dumps(synthetic_record(rounds=2))

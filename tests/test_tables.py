@@ -360,13 +360,13 @@ def test_numbers_are_written_with_three_significant_digits():
     assert typeset.spread(pandas.Series([], dtype=float)) == "–"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(value=st.floats(1e-3, 1e9))
 def test_a_written_number_is_within_half_a_percent(value):
     assert float(typeset.significant(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     cells=st.lists(
         st.lists(st.floats(0, 100), min_size=1, max_size=5).map(numpy.array), min_size=1, max_size=5
@@ -455,7 +455,7 @@ def test_of_losses_it_is_not_known_and_the_smallest_is_marked(tmp_path):
     st.integers(1, 10_000),
     st.lists(st.integers(0, 100), min_size=2, max_size=6),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_bound_is_that_of_two_independent_binomials(n, percent):
     scores = numpy.array(percent) / 100
     frames = [

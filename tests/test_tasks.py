@@ -409,7 +409,7 @@ def test_the_main_metric_can_be_chosen(tmp_path):
 
 
 @given(st.binary(max_size=300), st.sampled_from([".csv", ".jsonl", ".parquet"]))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_read_or_refused(tmp_path, content, ending):
     path = tmp_path / f"t{ending}"
     path.write_bytes(b"text,label\n" * (ending == ".csv") + content)

@@ -55,7 +55,7 @@ def test_a_direction_is_standard_normal():
 
 
 @given(st.integers(0, 2**62), st.floats(-2, 2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_movement_there_and_back_leaves_the_parameters(seed, distance):
     start = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     value = {"w": start.clone()}
@@ -81,7 +81,7 @@ def test_half_precision_is_moved_in_place():
         max_size=4,
     )
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_model_of_the_sums_is_the_weighted_mean_of_the_clients_models(clients):
     """In float64, for any steps of any clients: the sums are no more than another way to write FedAvg."""
     rate = 0.01
