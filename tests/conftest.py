@@ -27,6 +27,24 @@ def pytest_addoption(parser):
     parser.addoption("--method-settings", default="{}", help="its settings, as JSON")
 
 
+class Failures:
+    """Says at once what failed, for a test run that is cut off before its end."""
+
+    def __init__(self, config):
+        self.config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line(f"\nFAILED {report.nodeid}: {report.longreprtext[-1000:]}")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(config))
+
+
 def pytest_unconfigure():
     if OWN_CACHE:
         shutil.rmtree(OWN_CACHE, ignore_errors=True)

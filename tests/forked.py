@@ -6,12 +6,14 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 LONGEST = 120  # seconds; a child that takes longer hangs
 
@@ -80,6 +82,12 @@ def get_ready() -> None:
     """Call this once what the children need is imported and before the first of them."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Transformers shows a bar when it loads a model. The lock of bars is a semaphore that all children share:
+    # one that is killed while it holds it leaves all others waiting. Nor may the thread that redraws bars.
+    if tqdm.monitor is not None:
+        tqdm.monitor.exit()
+    tqdm.monitor, tqdm.monitor_interval = None, 0
+    tqdm.set_lock(threading.RLock())
     gc.collect()
     gc.freeze()  # children collect their own garbage only, and share the rest of the memory
 

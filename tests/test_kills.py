@@ -10,6 +10,7 @@ import time
 import forked
 import pytest
 import tiny_study
+from tqdm import tqdm
 
 from fedlm.jobs import running
 from fedlm.study.plugins import discover_methods
@@ -92,6 +93,19 @@ def test_killed_at_random_moments_and_none_lost_and_none_different(method, study
         assert not list(folders.checkpoints(run).glob(".*.part"))
         finished += 1
     print(f"{method}: {kills} kills, {finished} runs finished, {resumed} times resumed")
+
+
+@pytest.mark.slow
+def test_a_child_killed_while_it_draws_a_bar_keeps_no_other_waiting(study):
+    study, folder = study
+    run = next(run for run in study.runs() if run.method == "head_only")
+
+    def die():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked.run(die, folder / "log").status == -signal.SIGKILL
+    assert forked.run(execute(study, folder, run, "after"), folder / "log").status == 0
 
 
 def killed_at(operation: int, action):
