@@ -114,6 +114,9 @@ class FedPepTAO(FedPrompt):
         )
         return prepared
 
+    def left_out(self, rounds: int) -> str:
+        return "all training, since the first round only scores layers" if self._only_scores(rounds) else ""
+
     def messages(self) -> dict[str, Declared]:
         tokens, width = self.shapes[self.prefix]
         return {

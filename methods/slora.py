@@ -66,6 +66,10 @@ class SLoRA(FedLoRA):
                 "entries that stage 1 leaves alone"
             )
 
+    def left_out(self, rounds: int) -> str:
+        stage = self.config.sparse_rounds
+        return f"stage 2, since sparse_rounds is {stage}" if rounds <= stage else ""
+
     def prepare(self, model: PreTrainedModel, kind: str) -> Module:
         prepared = super().prepare(model, kind)
         self.tuned = [f"{module}base_layer.weight" for module in self.adapted]

@@ -41,6 +41,28 @@ def faults(values: dict) -> list[str]:
     return str(error.value).splitlines()
 
 
+def test_what_so_few_rounds_never_come_to_is_noted_before_the_first_job():
+    methods = {
+        "short": {"method": "slora", "sparse_rounds": 2},
+        "scores": {"method": "fedpeptao"},
+        "fedavg": None,
+    }
+    training = {"learning_rate": 1e-3}
+
+    def noted(rounds):
+        federation = {"clients": 4, "rounds": rounds}
+        tasks = {"bbc_news": {"max_length": 32}}
+        return check(parse(changed(methods=methods, federation=federation, training=training, tasks=tasks)))
+
+    first, second = noted(1)
+    assert first.startswith("methods.short (on tasks.") and "1 rounds" not in first
+    assert first.endswith("1 round leaves out stage 2, since sparse_rounds is 2")
+    assert "methods.scores" in second and "all training" in second
+    (only,) = noted(2)
+    assert only.endswith("2 rounds leave out stage 2, since sparse_rounds is 2")
+    assert noted(3) == []
+
+
 def test_the_schema_in_the_repository_is_the_one_of_the_code():
     written = (ROOT / "config" / "schema.json").read_text()
     assert written == schema(), "run: python -m fedlm schema > config/schema.json"

@@ -54,6 +54,20 @@ def test_a_weak_clients_peak_is_within_its_budget_and_one_layer_more_is_not(plac
 
 
 @pytest.mark.slow
+def test_a_client_with_many_examples_trains_all_where_keeping_something_of_each_takes_more(place):
+    run = worlds.federation("embracingfl", place)
+    few, many = numpy.arange(16), numpy.tile(numpy.arange(16), 200)
+    for parts, memory, level in (([few], "1 GB", 0), ([few], "200 KB", 3), ([many], "1 MB", 0)):
+        given = [Budget(share=1.0, memory=memory)]
+        found = budgets.fit(run.method, run.model, parts, run.data.batch, given, run.training)
+        assert found == {0: level}
+    stored = budgets._peak(
+        run.method, 1, run.model, len(many), lambda rows: run.data.batch(rows % 16), run.training
+    )
+    assert stored > 1_000_000
+
+
+@pytest.mark.slow
 def test_a_prediction_without_data_finds_the_levels_too(place):
     kind = discover_methods()["embracingfl"]
     method = kind(kind.Config(), 4, 0)

@@ -197,6 +197,18 @@ def test_a_method_that_lacks_a_cell_is_neither_ranked_nor_grouped(study):
     assert math.isnan(table.loc["fedlora", "mean_rank"]) and table.index[-1] == "fedlora"
 
 
+def test_one_partition_of_the_centralised_run_counts_for_all_of_its_task(study):
+    runs, _, scene = study
+    only = runs[(runs["method"] != "centralized") | (runs["partition"] == "iid")]
+    table = ranking_table(scene._replace(runs=only)).numbers.set_index("method")
+    own = only[only["method"] == "centralized"]["test_score"] * 100
+    assert len(own) == 10
+    assert table.loc["centralized", "mean"] == pytest.approx(own.mean())
+    assert table.loc["centralized", ["cells", "cells_of_all", "runs"]].tolist() == [4, 4, 10]
+    others = ranking_table(scene).numbers.set_index("method").drop("centralized")
+    pandas.testing.assert_frame_equal(table.drop("centralized"), others, check_like=True)
+
+
 def test_all_pairs_are_compared_once_and_adjusted(study):
     _, _, scene = study
     (family,) = families(scene.runs)
@@ -323,12 +335,13 @@ def flat(rounds):
 
 def test_a_study_without_faults_passes_every_rule_and_says_so(study):
     _, rounds, scene = study
+    scene = changed(scene, lambda runs: runs["seed"] > 0, "test_examples", 1112)
     table = quality.quality_table(scene, flat(rounds))
     assert not table.numbers["raised"].any()
     assert table.cells["Found"].str.startswith("holds for all").all()
     assert list(table.cells["Rule"]) == [
         *("complete", "curve is flat", "above its controls", "below its control"),
-        *("validation near test", "committed code"),
+        *("validation near test", "test split is large", "committed code"),
     ]
 
 
@@ -354,6 +367,13 @@ def test_each_rule_finds_its_fault(study):
         raised(changed(scene, lora, "validation_score", 0.1), rounds, "validation near test")[0][:3] == place
     )
     assert raised(changed(scene, lora, "dirty", True), rounds, "committed code") == [[*place, "5 of 5 runs"]]
+    large = changed(scene, lambda runs: runs["seed"] > 0, "test_examples", 1112)
+    small = changed(large, lambda runs: runs["task"] == "bbc_news", "test_examples", 425)
+    assert raised(small, rounds, "test split is large") == [
+        ["bbc_news", partition, "", "425 test examples: a standard error of up to 2.43 points"]
+        for partition in ("iid", "dirichlet_0.1")
+    ]
+    assert not raised(large, rounds, "test split is large")
 
 
 def test_curves_of_too_few_rounds_cannot_be_judged(study):
@@ -473,7 +493,7 @@ def test_every_system_has_claims_and_each_its_rule_or_a_reason():
     compared = {(one.rule.against, one.rule.partitions) for one in own if one.rule.kind == "score"}
     assert compared == {
         *itertools.product(("fedavg", "fedlora", "fedprompt"), ("even", "skewed")),
-        *itertools.product(("fedbavg", "fed_full"), ("all",)),
+        ("fed_full", "all"),
     }
     exact = {one.rule.quantity for one in own if one.rule.kind == "predicted"}
     assert exact == {"turn_upload_bytes", "turn_download_bytes", "peak_memory_bytes", "turn_flops"}

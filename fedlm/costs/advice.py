@@ -215,7 +215,7 @@ def _notes(
         f"{described}. {link.title}: {link.down_mbit.value:g} Mbit/s down{origin(link.down_mbit)}, "
         f"{link.up_mbit.value:g} up{origin(link.up_mbit)}. Sources: config/devices.yaml.",
         f"A turn: download, {case.steps} steps of {case.training.batch_size} x {case.length} tokens, upload; "
-        "mean over a run's turns. Memory: live tensors of the dearest turn, without what the system and a "
+        "mean over a run's turns. Memory: live tensors of the largest turn, without what the system and a "
         "GPU's context take. Wh: energy of the training alone.",
         "A round: one turn of each client. A cohort takes as long as its slowest client; cohorts, and so "
         "clients that take turns, come one after another. Waiting: time of a round in which a client does "

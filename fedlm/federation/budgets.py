@@ -102,7 +102,8 @@ def check(
         prepared = method.prepare(shapes, kind)
     batches = GivenBatches(kind, length, getattr(shapes.config, "type_vocab_size", 1) > 1)
     examples = training.batch_size * training.accumulation
-    least = _peak(method, method.levels() - 1, prepared, examples, batches, training)
+    sizes = (0, method.levels() - 1)
+    least = min(_peak(method, level, prepared, examples, batches, training) for level in sizes)
     for budget in budgets:
         _require(budget, least, method)
 
@@ -119,9 +120,12 @@ def _first_that_fits(
     def peak(level: int) -> int:
         return _peak(method, level, model, examples, make_batch, training)
 
+    # A whole turn may take less than a small one of as many examples, if that keeps something of each.
+    if peak(0) <= budget.memory:
+        return 0
     last = method.levels() - 1
-    _require(budget, peak(last), method)
-    return bisect_left(range(last), True, key=lambda level: peak(level) <= budget.memory)
+    _require(budget, min(peak(0), peak(last)), method)
+    return 1 + bisect_left(range(1, last), True, key=lambda level: peak(level) <= budget.memory)
 
 
 def _require(budget: Budget, least: int, method: Method) -> None:

@@ -103,8 +103,14 @@ class Method:
     def check_training(self, training: Training) -> None:
         """Raise UserError, before any job starts, if how clients train does not suit the method."""
 
+    def left_out(self, rounds: int) -> str:
+        """Return what a run of so many rounds never comes to, to be noted before it starts; "": nothing."""
+        return ""
+
     def levels(self) -> int:
-        """Return in how many sizes a client's turn comes: level 0 takes the most memory, the last the least.
+        """Return in how many sizes a client's turn comes.
+
+        At level 0 it is whole; from level 1 on each takes no more memory than the one before.
 
         It is called after `prepare`. A method with more than one knows `federation.budgets`: the suite
         measures the levels and sets `self.level` to the largest that fits each client's budget.

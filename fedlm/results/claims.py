@@ -183,6 +183,8 @@ def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
     even = runs["scheme"].isin(EVEN)
     runs = {"all": runs, "even": runs[even], "skewed": runs[~even]}[rule.partitions]
     scores = [family for family in families(runs) if family.greater] if len(runs) else []
+    if len(runs) and not scores:
+        return _open(UNTESTABLE, "the study's scores are no shares of right answers, and have no points")
     if not scores or not {rule.of, rule.against} <= set(scores[0].scores):
         return _open(UNTESTABLE, f"the study has no cell of both with {rule.partitions} partitions")
     differences = scores[0].differences(rule.of, rule.against)
@@ -296,8 +298,7 @@ def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: 
     )
     notes = [
         f"{len(cells)} claims: {totals}. Claims are in the suite's own words; the rules of "
-        f"config/claims.yaml "
-        "were written without a look at any score.",
+        "config/claims.yaml were written beforehand; where not, the system's note says so.",
         "Differences of scores are paired by seed within each cell (task × partition), with the 95% "
         "interval of a t-test over cells and seeds: supported if it lies at or above the margin, "
         "contradicted if below, else undecided. Ratios of costs: supported if within the limit in every "

@@ -104,7 +104,7 @@ def cost_to_target_table(
             cell |= {"Target": f"{share:.0%}", "Reached": f"{reached.sum()} of {len(own)}"}
             for column, (heading, unit) in quantities.items():
                 known = own[column].astype(float)
-                # A seed that never gets there is infinitely dear: it cannot improve the median.
+                # A seed that never gets there costs infinitely much: it cannot improve the median.
                 typical = (
                     float(known.where(reached, math.inf).median())
                     if known[reached].notna().all()

@@ -1,5 +1,6 @@
 """Quality control: what to know before trusting the tables, each row with the rule that raised it."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from fedlm.results.typeset import Table, significant
 
 LAST_PART = 0.75  # of the rounds: from there to the end a curve is to be flat
 FLAT, OUTSIDE, FAR = 1.0, 1.0, 5.0  # points, or percent where lower is better
+LARGEST_ERROR = 1.5  # points
 LOWER_CONTROLS = ("majority", "head_only")
 UPPER_CONTROL = "centralized"
 
@@ -59,6 +61,7 @@ def quality_table(
         _not_flat(scene, rounds),
         *_outside(scene),
         _far(scene),
+        *_coarse(scene),
         _changed(scene),
         *([_at_edge(choices), _failed(trials)] if trials is not None else []),
     ]
@@ -193,6 +196,26 @@ def _far(scene: Scene) -> Rule:
             found.append(Finding(task, partition, method, gap, text))
     says = f"validation and test score differ by at most {FAR:g} points."
     return Rule("validation near test", says, checked, found)
+
+
+def _coarse(scene: Scene) -> list[Rule]:
+    """Check the standard error of an accuracy on the test split; of other metrics it is not known."""
+    found, checked = [], 0
+    by_cell = dict(list(scene.runs.groupby(CELL, observed=True)))
+    for task, partition in itertools.product(scene.tasks, scene.partitions):
+        runs = by_cell.get((task, partition))
+        if runs is None or set(runs["metric"]) != {"accuracy"}:
+            continue
+        checked += 1
+        examples = int(runs["test_examples"].min())
+        error = 50 / math.sqrt(examples)
+        if error > LARGEST_ERROR:
+            text = f"{examples} test examples: a standard error of up to {significant(error)} points"
+            found.append(Finding(task, partition, "", error, text))
+    says = (
+        f"the standard error of an accuracy on the test split, 50 / √n points, is at most {LARGEST_ERROR:g}."
+    )
+    return [Rule("test split is large", says, checked, found)] if checked else []
 
 
 def _changed(scene: Scene) -> Rule:

@@ -13,6 +13,10 @@ from fedlm.results.scene import Scene
 from fedlm.results.statistics import Comparison, compare_cells, groups, holm, interquartile_mean
 from fedlm.results.typeset import Table, significant
 
+REPEATED = (
+    "Centralised training has all examples whatever the partition: where it was not run, its score on "
+    "another partition of the task counts."
+)
 LEVEL = 0.05  # of the adjusted p below which two methods differ
 
 
@@ -22,6 +26,7 @@ class Family(NamedTuple):
     name: str  # "score", or the metric
     greater: bool
     scores: pandas.DataFrame  # (cell and seed) x method; NaN where a run is missing
+    metrics: set[str]
 
     def cells(self) -> int:
         """Return the number of cells."""
@@ -39,14 +44,31 @@ class Family(NamedTuple):
 
 
 def families(runs: pandas.DataFrame) -> list[Family]:
-    """Return the families of scores among the runs, that of points first."""
+    """Return the families of scores among the runs, that of points first.
+
+    Centralised training has all examples whatever the partition: one that it was run on serves for all others
+    of its task.
+    """
+    runs = _on_all_partitions(runs)
     names = runs["metric"].where(~runs["greater_is_better"].astype(bool), "score")
     found = []
     for name in sorted(names.unique(), key=lambda name: (name != "score", name)):
         own, greater = runs[names == name], name == "score"
         scores = own.pivot(index=[*CELL, "seed"], columns="method", values="test_score")
-        found.append(Family(name, greater, points(scores, greater)))
+        found.append(Family(name, greater, points(scores, greater), set(own["metric"])))
     return found
+
+
+def _on_all_partitions(runs: pandas.DataFrame) -> pandas.DataFrame:
+    centralised = runs["method_name"] == "centralized"
+    copies = []
+    for method, own in runs[centralised].groupby("method", observed=True):
+        for task, partition in runs[CELL].drop_duplicates().itertuples(index=False):
+            here = own[own["task"] == task]
+            if len(here) and partition not in set(here["partition"]):
+                first = here[here["partition"] == here["partition"].iloc[0]]
+                copies.append(first.assign(partition=partition, method=method))
+    return pandas.concat([runs.astype(dict.fromkeys(CELL, object)), *copies], ignore_index=True)
 
 
 def compare_all(family: Family, methods: Sequence[str]) -> dict[tuple[str, str], tuple[Comparison, float]]:
@@ -80,7 +102,8 @@ def ranking_table(scene: Scene) -> Table:
         ranks = family.scores[ranked].dropna().rank(axis=1, ascending=not family.greater).mean()
         write = (lambda value: f"{value:.1f}") if family.greater else significant
         for method in own:
-            estimate, runs = estimates[method], family.scores[method].dropna()
+            estimate, scores = estimates[method], family.scores[method].dropna()
+            runs = (scene.runs["method"] == method) & scene.runs["metric"].isin(family.metrics)
             group = letters.get(method, "")
             numbers.append(
                 {
@@ -91,12 +114,12 @@ def ranking_table(scene: Scene) -> Table:
                     "interquartile_mean": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,
-                    "mean": runs.mean(),
+                    "mean": scores.mean(),
                     "mean_rank": ranks.get(method, math.nan),
                     "group": group,
                     "cells": len(family.of(method)),
                     "cells_of_all": every,
-                    "runs": len(runs),
+                    "runs": int(runs.sum()),
                 }
             )
             known = math.isfinite(estimate.low)
@@ -111,7 +134,7 @@ def ranking_table(scene: Scene) -> Table:
                     "Mean rank": f"{rank:.2f}" if math.isfinite(rank) else "–",
                     "Group": group or "–",
                     "Cells": f"{numbers[-1]['cells']} of {every}",
-                    "Runs": str(len(runs)),
+                    "Runs": str(int(runs.sum())),
                 }
             )
             # The best, and what cannot be told from it; where that is all of them, there is no best.
@@ -126,6 +149,7 @@ def ranking_table(scene: Scene) -> Table:
         "these cells; with one seed there is nothing to test, and no letter. Bold: the best and what "
         "cannot be told from it, unless that is all. Mean rank: among the competitors with all cells, over "
         "the cells and seeds that all of them have. Methods with different cells cannot be compared.",
+        *([REPEATED] if "centralized" in set(scene.runs["method_name"]) else []),
         *scene.notes(),
     ]
     columns = [

@@ -82,6 +82,10 @@ def check(study: Study) -> list[str]:
                     partial(budgets.check, fresh, model, kind, length or 8, given, training),
                 )
             attempt(f"methods.{name}", partial(built.check_training, training))
+            rounds = run_config.federation.rounds
+            if left_out := built.left_out(rounds):
+                leave = "round leaves" if rounds == 1 else "rounds leave"
+                notes.append(f"methods.{name} (on {path}): {rounds} {leave} out {left_out}")
             attempt(f"methods.{name}", partial(reducible.check, built, model, kind))
             if study.tuning and chosen.tuned_as is None:
                 own = trials.get((label, name), [])
