@@ -158,8 +158,8 @@ def traffic_table(
         "Bold: smallest value among the competitors, equally where values look equal. A turn is one "
         "client in one round. " + UNITS_NOTE,
         "The broadcast is the pretrained model, sent once to every client before its first turn; it is "
-        "not counted elsewhere. Seconds are wall-clock on the machine that the records name; the server's "
-        "are those of merging.",
+        "not counted elsewhere. Seconds are wall-clock on the machine that each record names, with all else "
+        "that ran there, so rows may differ by their machines; the server's are those of merging.",
         *(
             [
                 "seconds_on(device, link): of a round, if every client had this device and link of "
