@@ -204,7 +204,7 @@ def _coarse(scene: Scene) -> list[Rule]:
     by_cell = dict(list(scene.runs.groupby(CELL, observed=True)))
     for task, partition in itertools.product(scene.tasks, scene.partitions):
         runs = by_cell.get((task, partition))
-        if runs is None or set(runs["metric"]) != {"accuracy"}:
+        if runs is None or set(runs["metric"]) != {"accuracy"} or runs["test_examples"].isna().any():
             continue
         checked += 1
         examples = int(runs["test_examples"].min())
@@ -213,7 +213,8 @@ def _coarse(scene: Scene) -> list[Rule]:
             text = f"{examples} test examples: a standard error of up to {significant(error)} points"
             found.append(Finding(task, partition, "", error, text))
     says = (
-        f"the standard error of an accuracy on the test split, 50 / √n points, is at most {LARGEST_ERROR:g}."
+        "the standard error of an accuracy on the test split, 50 / sqrt(n) points, is at most "
+        f"{LARGEST_ERROR:g}."
     )
     return [Rule("test split is large", says, checked, found)] if checked else []
 
