@@ -515,8 +515,9 @@ def advise(
         steps=steps,
         weights=weights,
         clients=clients,
-        rounds=10,  # the first may be unlike the others
+        rounds=1,
     )
+    asked = [cases.long_enough(case) for case in asked]
     found = cases.cost_all(asked, positions=3, log=lambda line: print(line, file=sys.stderr))
     failures = cases.failures(asked, found)
     for text in failures:

@@ -97,6 +97,13 @@ def test_the_advice_is_made_of_predicted_costs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_method_whose_first_round_is_unlike_the_others_gets_more_of_them():
+    asked = cases.of_models(["minilm"], ["fedpeptao", "slora", "fedavg"], clients=4, rounds=1)
+    found = [cases.long_enough(case) for case in asked]
+    assert [case.federation.rounds for case in found] == [10, 10, 1]
+    assert found[2] == asked[2] and found[0] == asked[0]._replace(federation=found[0].federation)
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     command = ["fedlm", "advise", "--model", "minilm", "--link", "5g", "--method", "fedavg", "--clients", "4"]
     monkeypatch.setattr(

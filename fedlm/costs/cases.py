@@ -119,6 +119,14 @@ def case_of(
     )
 
 
+def long_enough(case: Case) -> Case:
+    """Return the case with ten rounds if the method does something that it has too few for."""
+    method = case.method_class(case.settings, case.federation.clients, 0)
+    if not method.left_out(case.federation.rounds):
+        return case
+    return case._replace(federation=case.federation.model_copy(update={"rounds": 10}))
+
+
 def of_models(
     models: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
