@@ -437,6 +437,13 @@ def test_a_kind_without_classes_has_none(tmp_path):
     assert data.class_counts() == [] and running.describe(data) == "30 examples"
 
 
+def test_a_split_that_is_smaller_than_asked_for_is_printed(tmp_path):
+    made = task(written(tmp_path / "t.csv", ROWS), train_examples=5, validation_examples=6, test_examples=50)
+    data = tokenise(made, made.load(), tiny.tokenizer())
+    assert len(data.split(0).test) == 6
+    assert running.describe(data).endswith("; only 6 of 50 examples for test")
+
+
 def test_a_run_without_output_goes_to_its_place(tmp_path, plain):
     films = {**plain["tasks"]["films"], "train": str(written(tmp_path / "t.csv"))}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**plain, "tasks": {"films": films}}))

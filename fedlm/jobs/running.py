@@ -46,7 +46,7 @@ def prepare(study: Study, task: str, folders: Folders, progress: Callable[[str],
 
 
 def describe(data: "Prepared") -> str:
-    """Return in one line how many examples prepared data have, of which classes, and what was left out."""
+    """Return in one line how many examples prepared data have, of which classes, and what is not there."""
     parts = [f"{len(data)} examples"]
     left_out = [f"{count} {reason}" for reason, count in data.dropped.items() if count]
     if left_out:
@@ -56,6 +56,10 @@ def describe(data: "Prepared") -> str:
         more = f" and {len(classes) - MOST_CLASSES} more" if len(classes) > MOST_CLASSES else ""
         shown = ", ".join(classes[:MOST_CLASSES])
         parts.append(f"{len(classes)} classes: {shown}{more}")
+    for name, part in data.split(seed=0)._asdict().items():
+        asked = data.caps[name]
+        if asked is not None and len(part) < asked:
+            parts.append(f"only {len(part)} of {asked} examples for {name}")
     return printable("; ".join(parts), 2000)
 
 
