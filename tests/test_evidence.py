@@ -744,6 +744,17 @@ def test_findings_can_be_written_before_centralised_training_is_done(study, tabl
     assert len(table.numbers) == 0 and "## At what price" in text and "never" not in text
 
 
+@pytest.mark.slow
+def test_findings_of_a_study_without_centralised_training_have_no_costs_to_its_score(tabled, tmp_path):
+    for path in tabled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "cost_to_target.csv").unlink()
+    with pytest.raises(UserError, match="cost_to_target.csv: cannot be read"):
+        findings.write_up(tmp_path, "made_up")
+    text = findings.write_up(tmp_path, "made_up", names_of_tables(Contents(competitors=3, tuned=True)))
+    assert "## At what price" not in text and "## What the papers claim" in text
+
+
 def test_the_schedule_of_a_study_says_who_takes_turns(small_study):
     methods = {"fedavg": None, "fedcybgd": None, "fedbavg": {"method": "fedcybgd", "clients_per_block": 2}}
     found = cohorts(reading.parse({**small_study, "methods": methods}))

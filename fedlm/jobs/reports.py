@@ -92,7 +92,8 @@ def write_explorer(
 
 def write_findings(study: Study, folders: Folders, destination: Path) -> None:
     """Write the findings of a tuned study, whose every number comes from its tables."""
-    write_atomically(destination, findings.write_up(folders.root / "tables", study.study).encode())
+    has = contents.names_of_tables(contents.Contents.of(study))
+    write_atomically(destination, findings.write_up(folders.root / "tables", study.study, has).encode())
 
 
 def _expected(study: Study) -> list[tuple[str, str, str, int]]:

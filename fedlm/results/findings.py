@@ -1,6 +1,7 @@
 """The findings of a study in two pages: a text whose every number is put in from the tables."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ AGAINST = "fedavg"  # costs are given as multiples of this method's
 COSTS = ("peak_memory_bytes", "upload_bytes", "download_bytes", "flops")
 
 
-def write_up(tables: Path, study: str) -> str:
+def write_up(tables: Path, study: str, has: Collection[str] = NEEDED) -> str:
     """Return the findings of a study as Markdown, from the csv files of its tables.
 
-    Raises UserError if a table is missing: the findings of a study that has not all of them would be half a
-    page.
+    `has` names the tables of the study. One without centralised training has no costs to its score, and the
+    findings nothing of them. Raises UserError if a table is missing.
     """
     frames = {}
     for name in NEEDED:
+        if name == "cost_to_target" and name not in has:
+            continue
         path = Path(tables) / f"{name}.csv"
         try:
             frames[name] = pandas.read_csv(path, keep_default_na=False, na_values=[""])
@@ -65,8 +68,8 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "winners": _winners(scored, titles),
         "prices": _prices(main),
         "against": titles.get(AGAINST),
-        "targets": _targets(frames["cost_to_target"]),
-        "seconds": columns_of_seconds(frames["cost_to_target"]),
+        "targets": _targets(frames["cost_to_target"]) if "cost_to_target" in frames else None,
+        "seconds": columns_of_seconds(frames["cost_to_target"]) if "cost_to_target" in frames else [],
         "judged": judged,
         "verdicts": claims["verdict"].value_counts().to_dict(),
         "supported": SUPPORTED,
