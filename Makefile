@@ -31,6 +31,8 @@ results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUD
 # Are the benchmark's records unchanged, do they give its tables, figures and findings, and do runs repeat?
 verify: setup
 	@$(RUN) -m fedlm verify config/benchmark.yaml --findings docs/findings.md
+	@$(RUN) -m fedlm verify config/benchmark-llm.yaml --findings docs/findings-language-model.md \
+	    --cheapest 0 --drawn 0
 
 costs: setup
 	@$(RUN) -m fedlm costs
