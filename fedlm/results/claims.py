@@ -223,7 +223,8 @@ def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
         verdict = CONTRADICTED
     text = f"ratio {significant(middle)}"
     text += f" ({significant(low)} to {significant(high)})" if significant(low) != significant(high) else ""
-    return Verdict(verdict, middle, low, high, f"{text}; {len(ratios)} cells")
+    where = f"{len(ratios)} cell{'s' if len(ratios) != 1 else ''}"
+    return Verdict(verdict, middle, low, high, f"{text}; {where}")
 
 
 def _judge_predicted(rule: PredictedRule, predicted: pandas.DataFrame | None) -> Verdict:
