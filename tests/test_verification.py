@@ -158,7 +158,7 @@ def test_all_reports_follow_from_the_records_to_the_byte(made, finished, tmp_pat
     reports.draw_figures(study, folders, tmp_path / "figures")
     reports.write_explorer(study, folders)
     # This study is too small for the tables of which findings are written.
-    monkeypatch.setattr(findings, "write_up", lambda tables, study: (tables / "main.md").read_text())
+    monkeypatch.setattr(findings, "write_up", lambda tables, study, has: (tables / "main.md").read_text())
     found = tmp_path / "findings.md"
     reports.write_findings(study, folders, found)
     assert list(verification.differences(study, folders, tmp_path / "figures", found)) == []
