@@ -96,7 +96,6 @@ def test_the_advice_is_made_of_predicted_costs(tmp_path):
     assert "32 of 32 clients" in typed(table.cells, table.notes)
 
 
-@pytest.mark.slow
 def test_a_method_whose_first_round_is_unlike_the_others_gets_more_of_them():
     asked = cases.of_models(["minilm"], ["fedpeptao", "slora", "fedavg"], clients=4, rounds=1)
     found = [cases.long_enough(case) for case in asked]
@@ -104,6 +103,7 @@ def test_a_method_whose_first_round_is_unlike_the_others_gets_more_of_them():
     assert found[2] == asked[2] and found[0] == asked[0]._replace(federation=found[0].federation)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     command = ["fedlm", "advise", "--model", "minilm", "--link", "5g", "--method", "fedavg", "--clients", "4"]
     monkeypatch.setattr(

@@ -5,6 +5,7 @@ Each claim has a rule that was written without a look at any score; a verdict is
 
 import json
 import math
+from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -178,6 +179,10 @@ def _open(verdict: str, reason: str) -> Verdict:
     return Verdict(verdict, math.nan, math.nan, math.nan, reason)
 
 
+def _cells(values: Sized) -> str:
+    return f"{len(values)} cell{'s' if len(values) != 1 else ''}"
+
+
 def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
     runs = scene.runs[scene.runs["method"].isin([rule.of, rule.against])]
     even = runs["scheme"].isin(EVEN)
@@ -189,7 +194,7 @@ def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
         return _open(UNTESTABLE, f"the study has no cell of both with {rule.partitions} partitions")
     differences = scores[0].differences(rule.of, rule.against)
     found = compare_cells(differences)
-    where = f"{len(differences)} cell{'s' if len(differences) != 1 else ''}, {found.n} pairs"
+    where = f"{_cells(differences)}, {found.n} pairs"
     if not math.isfinite(found.low):
         equal = found.n > len(differences) and math.isfinite(found.difference)
         reason = "no spread between seeds" if equal else "too few pairs for an interval"
@@ -223,8 +228,7 @@ def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
         verdict = CONTRADICTED
     text = f"ratio {significant(middle)}"
     text += f" ({significant(low)} to {significant(high)})" if significant(low) != significant(high) else ""
-    where = f"{len(ratios)} cell{'s' if len(ratios) != 1 else ''}"
-    return Verdict(verdict, middle, low, high, f"{text}; {where}")
+    return Verdict(verdict, middle, low, high, f"{text}; {_cells(ratios)}")
 
 
 def _judge_predicted(rule: PredictedRule, predicted: pandas.DataFrame | None) -> Verdict:

@@ -46,6 +46,7 @@ def write_up(tables: Path, study: str, has: Collection[str] = NEEDED) -> str:
 
 def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     main, claims, quality = frames["main"], frames["claims"], frames["quality"]
+    costs = frames.get("cost_to_target")
     competitors = main[~main["control"]]
     scored = competitors[competitors["greater_is_better"].astype(str) == "True"]
     cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
@@ -68,8 +69,8 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "winners": _winners(scored, titles),
         "prices": _prices(main),
         "against": titles.get(AGAINST),
-        "targets": _targets(frames["cost_to_target"]) if "cost_to_target" in frames else None,
-        "seconds": columns_of_seconds(frames["cost_to_target"]) if "cost_to_target" in frames else [],
+        "targets": None if costs is None else _targets(costs),
+        "seconds": [] if costs is None else columns_of_seconds(costs),
         "judged": judged,
         "verdicts": claims["verdict"].value_counts().to_dict(),
         "supported": SUPPORTED,
