@@ -35,8 +35,8 @@ class Failures:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report):
-        if report.failed:
-            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal:  # `fedlm test-method` reports in its own words, without one
             terminal.write_line(f"\nFAILED {report.nodeid}: {report.longreprtext[-1000:]}")
 
 
