@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
+from transformers import ByT5Tokenizer
 
 from fedlm.base.errors import UserError
-from fedlm.data import prepared
+from fedlm.data import prepared, tokenising
 from fedlm.data.pool import cut
 from fedlm.data.prepared import Prepared
 from fedlm.data.task import Corpus, Task, Windows
@@ -202,6 +203,28 @@ def test_a_batch_is_what_the_tokenizer_s_own_padding_gives(family):
     assert batch["labels"].tolist() == prepared.labels[indices].tolist()
     assert batch["input_ids"].shape[1] == prepared.batch_length(indices)
     assert prepared.lengths[indices].tolist() == expected["attention_mask"].sum(1).tolist()
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.lists(st.sampled_from([*WORDS, "</s>", "<s>", "é", "zz", ""])).map(" ".join)] * 2),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["bert", "roberta", "gpt2", "llama", "bytes"]),
+    st.booleans(),
+    st.integers(6, 20),
+)
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_texts_are_tokenised_as_transformers_does(pairs, family, paired, length):
+    """`bytes` is a tokenizer in Python, without `tokenizer.json`."""
+    tokenizer = ByT5Tokenizer() if family == "bytes" else tiny.tokenizer([" ".join(WORDS)], family)
+    texts = [list(column) for column in zip(*pairs, strict=True)][: 1 + paired]
+    expected = tokenizer(*texts, truncation=True, max_length=length)
+    tokenizer("film")  # which sets the length that was asked for last
+    ids, types = tokenising._encode(tokenizer, texts, length)
+    assert ids == expected["input_ids"]
+    assert types == expected.get("token_type_ids")
 
 
 def test_pairs_have_two_kinds_of_tokens_where_the_model_knows_them():

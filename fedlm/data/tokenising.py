@@ -123,12 +123,36 @@ def _text_windows(
     limit = CHARACTERS_PER_TOKEN * config.max_length
     columns = [column for column in ("text", "text_pair") if column in rows]
     texts = [[text[:limit] for text in rows[column]] for column in columns]
-    encoded = tokenizer(*texts, truncation=True, max_length=config.max_length)
+    ids, types = _encode(tokenizer, texts, config.max_length)
     # A decoder's tokenizer returns no token for an empty text, but a model needs at least one.
-    found = _one_window_each([window or [_padding(tokenizer)] for window in encoded["input_ids"]])
-    if "token_type_ids" in encoded:
-        found["token_types"] = _flat(encoded["token_type_ids"], numpy.int8)
+    found = _one_window_each([window or [_padding(tokenizer)] for window in ids])
+    if types is not None:
+        found["token_types"] = _flat(types, numpy.int8)
     return found
+
+
+def _encode(
+    tokenizer: Any, texts: list[list[str]], max_length: int
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Return the token ids of texts, or of pairs of texts, and their token types if the model has some."""
+    from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+
+    typed = "token_type_ids" in tokenizer.model_input_names
+    if not tokenizer.is_fast:
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        return encoded["input_ids"], encoded["token_type_ids"] if typed else None
+    # The same as that call, which also finds where each token is in its text and makes lists of masks.
+    tokenizer.set_truncation_and_padding(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+        max_length=max_length,
+        stride=0,
+        pad_to_multiple_of=None,
+        padding_side=None,
+    )
+    inputs = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(inputs)
+    return [one.ids for one in encodings], [one.type_ids for one in encodings] if typed else None
 
 
 def _causal_windows(
