@@ -306,10 +306,12 @@ def collect(config: Config, results: Results = Path("results")) -> None:
     from fedlm.jobs import collecting
 
     study = _study(config)
-    count, missing = collecting.collect(study, _folders(study, results))
+    folders = _folders(study, results)
+    count, missing = collecting.collect(study, folders)
     print(f"{study.study}: {count} records compiled")
     for one in missing:
-        print(f"missing: {one.path}", file=sys.stderr)
+        outdated = " (its record was made with other settings)" if folders.record(one).exists() else ""
+        print(f"missing: {one.path}{outdated}", file=sys.stderr)
 
 
 @app.command()

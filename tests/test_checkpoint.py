@@ -219,6 +219,25 @@ def test_a_run_is_saved_when_it_is_time(place, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_after_the_last_round_ends_the_run(place, tmp_path):
+    """Nothing would notice it otherwise, and the process would go on with its next run."""
+    federation = worlds.federation("fedavg", place, rounds=1)
+    score = federation.scorer.score
+
+    def interrupted(examples):
+        if examples is federation.split.test:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(examples)
+
+    federation.scorer.score = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(Checkpoints(tmp_path, "mine", print))
+    assert not hasattr(federation, "test")
+    found = Checkpoints(tmp_path, "mine", print).latest()
+    assert found is not None and found[0] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_round_end_and_saves_it(number, place, tmp_path):
     folder = tmp_path / "run"

@@ -54,7 +54,8 @@ class Checkpoints:
     def watching_signals(self) -> Iterator[None]:
         """Let a first signal to end the process wait for the end of the round, which then is saved.
 
-        A second one ends it at once. Only a process's main thread can watch.
+        A second one ends it at once. Only a process's main thread can watch. A signal that comes after the
+        last round was saved takes its course when the watch ends.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -65,6 +66,7 @@ class Checkpoints:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        self._let_it_take_its_course()
 
     def _noticed(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
@@ -77,8 +79,12 @@ class Checkpoints:
         if self._signal is None and time.monotonic() - self._last < self.seconds:
             return
         self.save(round, *state())
+        self._let_it_take_its_course()
+
+    def _let_it_take_its_course(self) -> None:
         if self._signal is not None:
-            os.kill(os.getpid(), self._signal)
+            number, self._signal = self._signal, None
+            os.kill(os.getpid(), number)
 
     def save(self, round: int, tensors: Values, plain: dict[str, Any]) -> None:
         """Write the checkpoint of a round; then remove all but it and the one before."""

@@ -79,17 +79,18 @@ class Federation(Rounds):
         Raises DivergedRun when a loss, an update or a score is not finite, FailedRun when an upload is not
         what it must be.
         """
-        with older_objects_set_aside(), checkpoints.watching_signals() if checkpoints else nullcontext():
-            if checkpoints:
-                self._resume(checkpoints)
-            if not self.rounds:
-                self.baseline = self.scorer.score(self.split.validation)
-            for round in range(len(self.rounds) + 1, self.settings.rounds + 1):
-                before = self.flops, self.queries
-                clients = self.play(round)
-                self._close(round, clients, self.flops - before[0], self.queries - before[1])
+        with older_objects_set_aside():
+            with checkpoints.watching_signals() if checkpoints else nullcontext():
                 if checkpoints:
-                    checkpoints.round_ended(round, self._state)
+                    self._resume(checkpoints)
+                if not self.rounds:
+                    self.baseline = self.scorer.score(self.split.validation)
+                for round in range(len(self.rounds) + 1, self.settings.rounds + 1):
+                    before = self.flops, self.queries
+                    clients = self.play(round)
+                    self._close(round, clients, self.flops - before[0], self.queries - before[1])
+                    if checkpoints:
+                        checkpoints.round_ended(round, self._state)
             self.test = self.scorer.score(self.split.test) if test else None
             self.further = self.scorer.further(self.split.test) if test else {}
 

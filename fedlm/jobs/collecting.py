@@ -9,6 +9,8 @@ from fedlm.study.study import Run, Study
 def collect(study: Study, folders: Folders) -> tuple[int, list[Run]]:
     """Compile the records that exist; return the number of runs, and the runs and trials without a record.
 
+    Records with other settings than the study has now do not count: tables never mix old and new.
+
     Raises UserError if there is no record, or one cannot be used.
     """
     missing = running.restore(study, folders)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlm.base.errors import UserError
-from fedlm.jobs import collecting, reports, running, tuning
+from fedlm.jobs import collecting, reports, running, tracked, tuning
 from fedlm.jobs.folders import Folders
 from fedlm.study.check import check
 from fedlm.study.reading import parse
@@ -38,28 +38,35 @@ def study_with(study: str, method: str) -> tuple[Study, str]:
 
 
 def compare(study: Study, label: str, folders: Folders, log: Callable[[str], None]) -> Folders:
-    """Tune and run one row of a study, where its records are missing; return the folders of its tables.
+    """Tune and run one row of a study, where its records are missing or outdated; return its tables' folders.
 
-    The records lie beside the study's. The tables and figures, which show the row in the ranking, lie apart,
+    A record is outdated if the row's settings or the method's code are others now, unless git tracks it. The
+    records lie beside the study's. The tables and figures, which show the row in the ranking, lie apart,
     in `compare/<label>`: the study's own are not touched.
     """
     check(study)
     trials = [run for run in study.trials() if run.method == study.tuned_row(label)]
     runs = [run for run in study.runs() if run.method == label]
-    left = [run for run in (*trials, *runs) if not folders.record(run).exists()]
-    log(f"{label}: {len(trials)} trials and {len(runs)} runs, {len(left)} to do")
+    tracked_runs = tracked.settle(study, folders, Path("figures", study.study))
 
-    def make(some: list[Run]) -> None:
-        for run in some:
-            if run in left:
-                running.execute(study, run, folders.record(run), folders, log)
+    def make(some: list[Run], what: str) -> None:
+        left = [run for run in some if run.path not in tracked_runs and not _is_current(study, run, folders)]
+        log(f"{label}: {len(some)} {what}, {len(left)} to do")
+        for run in left:
+            running.execute(study, run, folders.record(run), folders, log)
 
-    make(trials)
+    make(trials, "trials")
     for task in dict.fromkeys(run.task for run in trials):
         tuning.choose(study, task, study.tuned_row(label), folders)
-    make(runs)
+    make(runs, "runs")
     apart = reports.beside(study, folders, folders.root / "compare" / label)
     collecting.collect(study, apart)
     reports.write_tables(study, apart)
     reports.draw_figures(study, apart, apart.root / "figures")
     return apart
+
+
+def _is_current(study: Study, run: Run, folders: Folders) -> bool:
+    """Return whether a run has a record with its present settings, code and files."""
+    asked = running.asked_hashes(study, tuning.configuration(study, run, folders))
+    return running.identity(folders.record(run)) == (run.seed, *asked.values())

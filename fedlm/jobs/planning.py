@@ -21,6 +21,7 @@ from fedlm.costs.cases import cost, needs_of, of_study
 from fedlm.costs.prediction import LEAST_POSITIONS, Costs, predict
 from fedlm.costs.tables import duration
 from fedlm.jobs.folders import Folders
+from fedlm.jobs.outdated import is_outdated
 from fedlm.jobs.requests import request_mb
 from fedlm.results.typeset import significant
 from fedlm.study.study import Run, RunConfig, Study
@@ -138,7 +139,8 @@ def plan(
     pieces: list[Piece] = []
     unknown: list[str] = []
     for (task, partition, method, trials), runs, measured in zip(groups, groups.values(), found, strict=True):
-        finished = sum(folders.record(run).exists() for run in runs)
+        made = [run for run in runs if folders.record(run).exists()]
+        finished = sum(not is_outdated(study, run, folders) for run in made)
         if isinstance(measured, str) or measured.reason:
             reason = measured if isinstance(measured, str) else measured.reason
             unknown.append(f"{task}/{partition}/{method}: {reason}")

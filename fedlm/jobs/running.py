@@ -17,6 +17,7 @@ from fedlm.base.processor import make_full_use
 from fedlm.data.partition import PartitionFile
 from fedlm.jobs import provenance, record, tuning
 from fedlm.jobs.folders import Folders
+from fedlm.jobs.outdated import is_outdated, settings_hash
 from fedlm.study.study import Run, RunConfig, Study
 from fedlm.study.yaml_files import printable
 
@@ -184,10 +185,13 @@ def execute(
 
 
 def restore(study: Study, folders: Folders) -> list[Run]:
-    """Restore missing records of finished runs and trials; return those that have no record."""
+    """Restore missing records of finished runs and trials; return those that have no record.
+
+    A record that was made with other settings than the study gives its run now is as good as missing.
+    """
     missing = []
     for run in (*study.runs(), *study.trials()):
-        if folders.record(run).exists():
+        if folders.record(run).exists() and not is_outdated(study, run, folders):
             continue
         made = _made_before(study, run, folders)
         if made:
@@ -215,7 +219,7 @@ def _hashes(study: Study, run: Run, config: RunConfig, folders: Folders) -> dict
 def asked_hashes(study: Study, config: RunConfig) -> dict[str, str]:
     """Return the hashes that are known before any data are prepared. They do not depend on labels."""
     return {
-        "config_sha256": sha256(json.dumps(config.resolved(), sort_keys=True).encode()),
+        "config_sha256": settings_hash(config),
         "code_sha256": provenance.code_hash(config.method_class, config.task_class),
         "origin_sha256": sha256(_origin(study, config.task_label).encode()),
     }
@@ -282,6 +286,8 @@ def _train(
     divided = PartitionFile.read(folders.partition(run.task, run.partition, run.seed))
     if not data.sha256 == divided.data_sha256 == hashes["data_sha256"]:
         raise FailedRun(f"{run.path}: the data of {run.task} were prepared again in the meantime; run again")
+    if divided.content_hash() != hashes["partition_sha256"]:
+        raise FailedRun(f"{run.path}: {run.partition} was drawn again in the meantime; run again")
     model = loading.load(config.model, data.kind, data.num_labels, run.seed)
     method = config.method_class(config.method_settings, len(divided.parts), run.seed)
     model_hash = loading.fingerprint(model)

@@ -3,15 +3,12 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fedlm.base.errors import UserError
-from fedlm.jobs import tuning
 from fedlm.jobs.folders import Folders
+from fedlm.jobs.outdated import other_settings
 from fedlm.jobs.provenance import git
-from fedlm.study.reading import of_record
 from fedlm.study.study import Run, Study
 
 HERE = Path()  # results lie below the working directory
@@ -23,7 +20,7 @@ def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
     Git does not keep the times of files, by which a pipeline judges what is outdated. So all files of the
     study that are as committed get one time, that of their last commit.
 
-    Raises UserError if such a record has other settings than the study gives its run.
+    Raises UserError if such a record has other settings than the study gives its run, or cannot be read.
     """
     kept = _unchanged(folders.root, figures)
     if not kept:
@@ -33,11 +30,12 @@ def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
         if path.stat().st_mtime != stamp:
             os.utime(path, (stamp, stamp))
     runs = [run for run in (*study.runs(), *study.trials()) if folders.record(run) in kept]
-    other = [folders.record(run) for run in runs if not _fits(study, run, folders)]
-    if other:
+    objections = {run: reason for run in runs if (reason := _objection(study, run, folders))}
+    for run, reason in objections.items():
         raise UserError(
-            f"{other[0]}: in git, but made with other settings than the study gives it now ({len(other)} "
-            "such records); allowed: the study as it was, another name under `study`, or to git rm them"
+            f"{folders.record(run)}: in git, but cannot serve the study as it is now: {reason} "
+            f"({len(objections)} such records); allowed: the study as it was, another name under `study`, or "
+            "to git rm them"
         )
     return {run.path for run in runs}
 
@@ -55,23 +53,12 @@ def _unchanged(*places: Path) -> set[Path]:
     return {Path(name) for name in {*tracked} - {*changed} if name}
 
 
-def _fits(study: Study, run: Run, folders: Folders) -> bool:
+def _objection(study: Study, run: Run, folders: Folders) -> str | None:
+    """Return why a record cannot serve its run, None if it can."""
     try:
         record = json.loads(folders.record(run).read_text())
-        return not any(True for _ in other_settings(record, study, run, folders))
-    except (OSError, UserError, ValueError, KeyError, TypeError):
-        return False
-
-
-def other_settings(record: dict[str, Any], study: Study, run: Run, folders: Folders) -> Iterator[str]:
-    """Yield a line for each setting of a record that is not what the study gives its run.
-
-    Raises UserError if the record's settings cannot be read, or the study's are not yet chosen.
-    """
-    # Read again as a study, since a setting that is younger than the record has its default there.
-    own = of_record(record).run(run.task, run.partition, run.method, run.seed).resolved()
-    for section, values in tuning.configuration(study, run, folders).resolved().items():
-        given = own[section]
-        for key in values | given:
-            if given.get(key) != values.get(key):
-                yield f"{section}.{key} is {given.get(key)!r}; the study says {values.get(key)!r}"
+        return next(other_settings(record, study, run, folders), None)
+    except UserError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"not a record ({type(error).__name__}: {error})"

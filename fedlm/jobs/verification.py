@@ -11,8 +11,8 @@ from typing import Any
 from fedlm.base.errors import UserError
 from fedlm.jobs import collecting, reports, rerun, tuning
 from fedlm.jobs.folders import Folders
+from fedlm.jobs.outdated import other_settings
 from fedlm.jobs.record import content_hash
-from fedlm.jobs.tracked import other_settings
 from fedlm.study.study import Run, Study
 
 # Scores that are a share of the test examples, whose standard error follows from their number.
