@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -379,8 +379,17 @@ def findings(
     print(f"findings  {destination}")
 
 
+def _refuse_others(context: typer.Context, source: str, used: Collection[str]) -> None:
+    """Raise UserError if an option is given that would have no effect beside `source`."""
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "")
+        if given is not None and given.name == "COMMANDLINE" and option.name not in used:
+            raise UserError(f"{option.opts[0]}: not allowed with {source}, where it has no effect")
+
+
 @app.command()
 def costs(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", help="A study, instead of models.")] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="Label, folder, config.json or hub id; repeatable. [all labels]")
@@ -400,7 +409,7 @@ def costs(
     clients: Annotated[int, typer.Option(min=1, help="With 32, every block is trained.")] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     positions: Annotated[
-        int, typer.Option(min=0, help="How many of many equal blocks are measured; 0: all.")
+        int, typer.Option(min=0, help="How many of the equal blocks to measure; 0: all.")
     ] = 3,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the tables. [results/costs for the full table]")
@@ -425,6 +434,10 @@ def costs(
 
     if predictions is not None and config is None:
         raise UserError("--predictions: needs --config, the study whose jobs are predicted")
+    if config is not None or claims is not None:
+        of_study = {"config", "steps", "positions", "output", "drawings", "predictions"}
+        source, used = ("--config", of_study) if claims is None else ("--claims", {"claims"})
+        _refuse_others(context, source, used)
     if claims is not None:
         from fedlm.costs.claimed import write_claimed
 
@@ -432,8 +445,6 @@ def costs(
         for line in lines:
             print(f"error: {line}", file=sys.stderr)
         raise typer.Exit(2 if lines else 0)
-    if config is not None and (model or method):
-        raise UserError("--config: not allowed with --model or --method, which the study names")
     if config is not None:
         study = _study(config)
         check_study(study)

@@ -109,7 +109,7 @@ def test_no_schedule_is_faster_than_one_cohort_or_slower_than_taking_turns(cohor
     assert max(everyone) <= took * (1 + 1e-9) and took <= sum(everyone) * (1 + 1e-9)
 
 
-def frames(method, clients, rounds, flops, up, down, largest=None, participants=None):
+def frames(method, clients, rounds, flops, up, down, largest=None, participants=None, dropped=0, steps=None):
     """Return a run of equal clients as compiled: per-client costs of each round."""
     count = participants or clients
     labels = {"task": "t", "partition": "p", "method": method, "seed": 1}
@@ -117,17 +117,18 @@ def frames(method, clients, rounds, flops, up, down, largest=None, participants=
         {
             **labels,
             "round": number,
-            "flops": flops * count * number,
-            "upload_bytes": up * count * number,
+            "flops": flops * (count - dropped) * number,
+            "upload_bytes": up * (count - dropped) * number,
             "download_bytes": down * count * number,
-            "largest_upload_bytes": up if number else 0,
+            "largest_upload_bytes": up if number and count > dropped else 0,
             "largest_download_bytes": down if number else 0,
             "participants": count if number else 0,
+            "dropped": dropped if number else 0,
         }
         for number in range(rounds + 1)
     ]
     return pandas.DataFrame(rows), pandas.DataFrame(
-        [{**labels, "clients": clients, "largest_client_share": largest}]
+        [{**labels, "clients": clients, "largest_client_share": largest, "local_steps": steps}]
     )
 
 
@@ -160,6 +161,18 @@ def test_sampled_clients_form_fewer_cohorts():
     run = frames("m", 10, 2, 2e9, 1e6, 1e7, participants=3)
     assert so_far(run, 1.0)[2] == pytest.approx(2 * 3 * 3.0)
     assert so_far(run, 0.1)[2] == pytest.approx(2 * 3.0)
+
+
+def test_with_as_many_steps_for_all_the_largest_client_is_not_slower():
+    run = frames("m", 4, 1, 2e9, 1e6, 1e7, largest=0.5, steps=10)
+    assert so_far(run, 1 / 4)[1] == pytest.approx(3.0)
+
+
+def test_clients_that_drop_out_only_download():
+    run = frames("m", 4, 1, 2e9, 1e6, 1e7, dropped=2)
+    assert so_far(run, 1 / 4)[1] == pytest.approx(3.0)
+    assert so_far(run, 1.0)[1] == pytest.approx(2 * 3.0 + 2 * 1.0)
+    assert so_far(frames("m", 4, 1, 2e9, 1e6, 1e7, dropped=4), 1 / 4)[1] == pytest.approx(1.0)
 
 
 def test_rounds_of_several_runs_in_any_order_are_kept_apart():

@@ -237,7 +237,9 @@ def test_the_check_of_a_study_names_budgets_that_are_too_small_and_methods_that_
     ):
         checked("9 KB")
     (note,) = checked("20 MB")
-    assert note.startswith("federation.budgets: clients train as if they had none with these methods: fedavg")
+    assert note.startswith(
+        "federation.budgets: with these methods clients train as if they had no budget: fedavg"
+    )
 
 
 def test_a_budget_too_small_for_the_data_ends_the_run_before_it_begins(place):

@@ -31,7 +31,7 @@ from fedlm.results import (
 from fedlm.results.claims import CLAIMS, judge, read_claims, to_predict
 from fedlm.results.contents import TABLES, Contents, cohorts, names_of_tables
 from fedlm.results.devices import read_devices
-from fedlm.results.ranking import compare_all, families, ranking_table
+from fedlm.results.ranking import compare_all, families, on_all_partitions, ranking_table
 from fedlm.results.scene import Scene
 from fedlm.study import reading
 
@@ -174,6 +174,22 @@ def test_a_method_and_its_copy_share_a_letter_and_rank(study):
     assert set(bold) == {"FedAvg", "Twin"}
 
 
+def test_what_cannot_be_told_from_the_best_is_among_the_best_whatever_its_letters(study):
+    """FedAvg is the best, but varies: only the two others, which do not, differ from each other."""
+    _, _, scene = study
+    competitors = scene.runs["method"].isin(["fedavg", "fedcybgd", "fedlora"])
+    runs = scene.runs[competitors].copy()
+    spread = {"fedavg": 0.1, "fedcybgd": 0.001, "fedlora": 0.0005}
+    means = {"fedavg": 0.62, "fedcybgd": 0.60, "fedlora": 0.58}
+    noise = (runs["seed"] - 3) * runs["method"].map(spread)  # the seeds are 1 to 5
+    runs["test_score"] = runs["method"].map(means) + noise
+    table = ranking_table(scene._replace(runs=runs, controls=set()))
+    numbers = table.numbers.set_index("method")
+    assert numbers.index[0] == "fedavg" and len(numbers.loc["fedavg", "group"]) == 2
+    assert not set(numbers.loc["fedcybgd", "group"]) & set(numbers.loc["fedlora", "group"])
+    assert numbers["best"].all() and table.best.any(axis=1).all()
+
+
 def test_with_two_seeds_there_is_no_interval_and_no_best(study):
     _, _, scene = study
     few = scene._replace(runs=scene.runs[scene.runs["seed"] == 1], expected=[], absent=[])
@@ -207,6 +223,10 @@ def test_one_partition_of_the_centralised_run_counts_for_all_of_its_task(study):
     assert table.loc["centralized", ["cells", "cells_of_all", "runs"]].tolist() == [4, 4, 10]
     others = ranking_table(scene).numbers.set_index("method").drop("centralized")
     pandas.testing.assert_frame_equal(table.drop("centralized"), others, check_like=True)
+    copied = on_all_partitions(only)
+    centralised = copied[copied["method"] == "centralized"]
+    schemes = runs.groupby("partition")["scheme"].first()
+    assert (centralised["scheme"] == centralised["partition"].map(schemes)).all() and len(centralised) == 20
 
 
 def test_all_pairs_are_compared_once_and_adjusted(study):

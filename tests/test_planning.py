@@ -40,8 +40,10 @@ def test_sums():
     assert plan.processor_seconds == 3 * 3.0 + 8 * 10.0
     assert plan.seconds == plan.processor_seconds / 2 + planning.REPORT_SECONDS
     assert plan.disk_bytes == 15 * 2 * planning.RECORD_BYTES + 2 * 8e6
-    # With many cores the longest run decides.
-    assert plan._replace(at_a_time=64).seconds == 10.0 + planning.REPORT_SECONDS
+    # With many cores the longest chain decides: runs that share a process, and a row's runs after its trials.
+    assert plan._replace(at_a_time=64).seconds == 30.0 + planning.REPORT_SECONDS
+    tried = [*pieces, piece(trials=True, runs=8, finished=6, seconds=7.0)]
+    assert plan._replace(pieces=tried, at_a_time=64).seconds == 30.0 + 14.0 + planning.REPORT_SECONDS
     assert plan._replace(pieces=pieces[2:]).seconds == 0
 
 

@@ -195,5 +195,6 @@ def test_tracked_records_are_settled_while_they_are_unchanged_and_fit_the_study(
     subprocess.run([*git, "commit", "-qam", "b"], check=True)
     assert tracked.settle(study, folders, figures) == runs
     shorter = study.model_copy(update={"training": study.training.model_copy(update={"batch_size": 8})})
-    with pytest.raises(UserError, match=r"in git, but .*training.batch_size is 16; the study says 8 \(4 such records\)"):
+    reason = r"in git, but .*training.batch_size is 16; the study says 8 \(4 such records\)"
+    with pytest.raises(UserError, match=reason):
         tracked.settle(shorter, folders, figures)

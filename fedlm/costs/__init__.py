@@ -1,4 +1,5 @@
 """Costs predicted without weights, data or GPU, and their report.
 
-For others: `cases` (what is asked), `prediction`, `claimed` (what claims need), `tables`, `figures`.
+For others: `cases` (what is asked), `prediction`, `claimed` (what claims need), `advice`, `tables`,
+`figures`.
 """

@@ -177,7 +177,7 @@ def advise(
             cell[f"To {TARGET:.0%}"] = _time_to_target(least, most, whole.seconds)
         cells.append(cell)
     shown = pandas.DataFrame(cells)
-    notes = _notes(cases[0], fleet, devices, link, bool(rounds))
+    notes = _notes(cases, fleet, devices, link, bool(rounds))
     return Table(
         "advice",
         "Which method for these devices",
@@ -199,7 +199,7 @@ def _time_to_target(least: float, most: float, seconds: float) -> str:
 
 
 def _notes(
-    case: Case, fleet: Fleet, devices: Mapping[str, Device], link: Link, has_rounds: bool
+    cases: Sequence[Case], fleet: Fleet, devices: Mapping[str, Device], link: Link, has_rounds: bool
 ) -> list[str]:
     def origin(value: Any) -> str:
         return "" if value.source else ", assumed"
@@ -211,10 +211,15 @@ def _notes(
         for name, device in devices.items()
     )
     slow = [factor for factor in fleet.slowdown if factor > 1]
+    shapes = " or ".join(
+        dict.fromkeys(
+            f"{one.steps} steps of {one.training.batch_size} x {one.length} tokens" for one in cases
+        )
+    )
     notes = [
         f"{described}. {link.title}: {link.down_mbit.value:g} Mbit/s down{origin(link.down_mbit)}, "
         f"{link.up_mbit.value:g} up{origin(link.up_mbit)}. Sources: config/devices.yaml.",
-        f"A turn: download, {case.steps} steps of {case.training.batch_size} x {case.length} tokens, upload; "
+        f"A turn: download, {shapes}, upload; "
         "mean over a run's turns. Memory: live tensors of the largest turn, without what the system and a "
         "GPU's context take. Wh: energy of the training alone.",
         "A round: one turn of each client. A cohort takes as long as its slowest client; cohorts, and so "

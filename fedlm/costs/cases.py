@@ -46,9 +46,6 @@ class Case(NamedTuple):
     steps: int  # optimizer steps of a turn
     federation: Federation
     training: Training
-    participants: float = (
-        1.0  # clients of the study per client here, where only part of the federation is simulated
-    )
 
     def key(self) -> str:
         """Return a text that is the same for cases with equal costs."""
@@ -188,13 +185,10 @@ def of_study(study: Study, steps: int = 10, for_requests: bool = False) -> list[
         run = study.run(task, first[task, method], method, study.seeds[0])
         kind = study.task(task)
         federation = run.federation
-        participants = 1.0
         if for_requests:
             share = min(federation.participation, TURNS_FOR_A_REQUEST / federation.clients)
             a_round = max(1, round(share * federation.clients))
             rounds = min(federation.rounds, -(-TURNS_FOR_A_REQUEST // a_round))
-            turns = federation.participation * federation.clients * federation.rounds
-            participants = min(federation.clients, turns) / min(federation.clients, a_round * rounds)
             federation = federation.model_copy(update={"participation": share, "rounds": rounds})
         labels = kind.count_labels() if kind.kind == "classification" else None
         cases.append(
@@ -213,14 +207,13 @@ def of_study(study: Study, steps: int = 10, for_requests: bool = False) -> list[
                 steps=run.training.local_steps or (1 if for_requests else steps),
                 federation=federation,
                 training=run.training,
-                participants=max(1.0, participants),
             )
         )
     return cases
 
 
 def cost(case: Case, positions: int | None) -> Costs:
-    """Return the costs of a case; `positions` as in `costs.predict`."""
+    """Return the costs of a case; `positions` as in `prediction.predict`."""
     # These warnings are meant for the developers of Transformers and peft.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
@@ -300,10 +293,7 @@ def _begin(plugin_folders: Sequence[Path]) -> None:
 def requests(cases: Sequence[Case], costs: Sequence[Costs | UserError]) -> dict[str, dict[str, int]]:
     """Return what the jobs of a study need, by "task/method", in bytes."""
     return {
-        f"{case.task}/{case.method}": {
-            **needs_of(found),
-            "kept_bytes": round(found.kept_bytes * case.participants),
-        }
+        f"{case.task}/{case.method}": needs_of(found)
         for case, found in zip(cases, costs, strict=True)
         if isinstance(found, Costs)
     }

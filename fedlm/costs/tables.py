@@ -251,11 +251,11 @@ def block_table(rows: pandas.DataFrame, blocks: pandas.DataFrame) -> Table:
             "Block": lambda row: str(row["block"]),
             "Peak memory (GiB)": _per("peak_memory_bytes", 2**30),
             **_KINDS,
-            "Measured": lambda row: "between" if row["interpolated"] else "yes",
+            "Measured": lambda row: "interpolated" if row["interpolated"] else "yes",
         },
     )
     notes = [
-        "All in GiB (2**30 bytes). Between: interpolated between measured blocks.",
+        "All in GiB (2**30 bytes). Interpolated: between the blocks that were measured.",
         _shape_note(rows),
     ]
     caption = "Memory of a client's turn by the block that it trains"

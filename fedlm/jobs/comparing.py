@@ -59,7 +59,7 @@ def compare(study: Study, label: str, folders: Folders, log: Callable[[str], Non
     for task in dict.fromkeys(run.task for run in trials):
         tuning.choose(study, task, study.tuned_row(label), folders)
     make(runs, "runs")
-    apart = reports.beside(study, folders, folders.root / "compare" / label)
+    apart = reports.with_linked_records(study, folders, folders.root / "compare" / label)
     collecting.collect(study, apart)
     reports.write_tables(study, apart)
     reports.draw_figures(study, apart, apart.root / "figures")

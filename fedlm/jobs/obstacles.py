@@ -1,4 +1,4 @@
-"""What on this machine stands in the way of a study's jobs, said before the first one starts.
+"""What on this machine stands in the way of a study's jobs, reported before the first one starts.
 
 Snakemake meets the same obstacles later, and ends in messages of its own that do not name the remedy.
 """
@@ -86,11 +86,11 @@ def in_progress(study: Study, root: Path) -> Iterator[tuple[Run, int | None]]:
 
 
 def announce(study: Study, root: Path) -> list[str]:
-    """Return a line for each run that an earlier start is still making."""
+    """Return a line for each run that an earlier run of the pipeline is still making."""
     lines = []
     for run, process in in_progress(study, root):
         who = f"process {process}" if process else "a process"
         end = f"; to end it instead: kill {process}" if process else ""
         waits = "its job waits and takes that record"
-        lines.append(f"{run.path}: {who} of an earlier start is still making it; {waits}{end}")
+        lines.append(f"{run.path}: {who} of an earlier run of the pipeline is still making it; {waits}{end}")
     return lines

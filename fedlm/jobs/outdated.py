@@ -21,7 +21,7 @@ def is_outdated(study: Study, run: Run, folders: Folders) -> bool:
     """Return whether a run has a record, but one with other settings than the study gives it now.
 
     One that cannot be read is not outdated: whoever reads it next says what is wrong with it. Nor is one that
-    was made with other code: the pipeline makes it again, and records that git tracks were made with older code.
+    was made with other code: the pipeline makes it again, unless git tracks it.
     """
     try:
         found = json.loads(folders.record(run).read_text())

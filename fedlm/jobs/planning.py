@@ -85,7 +85,14 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> float:
         """From start to end, with the pipeline itself."""
-        longest = max((piece.seconds for piece in self.pieces if piece.left), default=0.0)
+        # Runs that share a process follow each other, and a row's runs follow its trials.
+        rows: dict[tuple[str, str], dict[bool, float]] = {}
+        for piece in self.pieces:
+            if piece.left:
+                row = rows.setdefault((piece.task, piece.method), {})
+                bundle = min(piece.left, self.runs_per_job) * piece.seconds
+                row[piece.trials] = max(row.get(piece.trials, 0.0), bundle)
+        longest = max((sum(row.values()) for row in rows.values()), default=0.0)
         longest = max(self.processor_seconds / self.at_a_time, longest)
         return longest + REPORT_SECONDS if self.jobs else 0.0
 
@@ -93,7 +100,8 @@ class Plan(NamedTuple):
     def disk_bytes(self) -> float:
         """Records, and the checkpoints and clients' states of the runs that are made at a time."""
         records = sum(piece.runs for piece in self.pieces) * 2 * RECORD_BYTES
-        states = sorted((piece.checkpoint_bytes + piece.kept_bytes for piece in self.pieces), reverse=True)
+        unfinished = [piece for piece in self.pieces if piece.left]
+        states = sorted((piece.checkpoint_bytes + piece.kept_bytes for piece in unfinished), reverse=True)
         return records + sum(states[: self.at_a_time])
 
 
@@ -335,7 +343,7 @@ def describe(found: Plan, study: Study) -> list[str]:
         lines.append(
             f"memory: up to {significant(max(p.request_mb for p in found.pieces if p.left) / 1e3)} GB a job"
         )
-        lines.append(f"disk: about {significant(found.disk_bytes / 1e6)} MB, most of it for a while only")
+        lines.append(f"disk: about {significant(found.disk_bytes / 1e6)} MB, most of it only temporarily")
         requests = sorted({piece.request_mb for piece in found.pieces if piece.left})
         sizes = " to ".join(str(size) for size in dict.fromkeys((requests[0], requests[-1])))
         cores = "core" if study.pipeline.threads == 1 else "cores"

@@ -26,7 +26,7 @@ _ENDED = re.compile(r"^(\S+): (?:already finished|this trial failed)", re.MULTIL
 
 
 class Rounds:
-    """Counts the rounds of runs that are done, from their records and the logs of this start."""
+    """Counts the rounds of runs that are done, from their records and the logs of this pipeline."""
 
     def __init__(self, study: Study, runs: Iterable[Run], folders: Folders) -> None:
         rounds: dict[tuple[str, str, str], int] = {}

@@ -93,10 +93,10 @@ def _files_below(path: Path) -> list[Path]:
 
 def git(root: Path, *words: str) -> str:
     """Return what a git command prints about a repository, given a folder in it; raise where it fails."""
-    # Inside a git hook the first ones name another repository or index. The last one keeps git from locking
-    # the index, which the user may need for a commit.
+    # Inside a git hook these name another repository or index.
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
     environment = {key: value for key, value in os.environ.items() if key not in elsewhere}
+    # The user may need the index for a commit: git must not lock it.
     environment["GIT_OPTIONAL_LOCKS"] = "0"
     command = ["git", "-C", str(root), *words]
     return subprocess.run(

@@ -13,7 +13,7 @@ from fedlm.results.scene import Scene
 from fedlm.study.study import Study
 
 
-def beside(study: Study, folders: Folders, place: Path) -> Folders:
+def with_linked_records(study: Study, folders: Folders, place: Path) -> Folders:
     """Return folders below `place` with the study's records, from which reports can be made a second time."""
     again = Folders(study.study, place)
     again.root.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def draw_figures(study: Study, folders: Folders, destination: Path) -> list[Path
     return figures.make(
         root / "runs.parquet",
         root / "rounds.parquet",
-        (root / "partitions").rglob("seed*.json"),
+        _partitions(study, folders),
         study.titles(),
         destination,
         _expected(study),
@@ -81,7 +81,7 @@ def write_explorer(
             load_runs(root / "runs.parquet"), _expected(study), study.titles(), study.found.controls()
         ),
         load_rounds(root / "rounds.parquet"),
-        map(PartitionFile.read, sorted((root / "partitions").rglob("seed*.json"))),
+        map(PartitionFile.read, _partitions(study, folders)),
         destination or root / "explorer.html",
         study=study.study,
         devices=read_devices(devices),
@@ -99,3 +99,9 @@ def write_findings(study: Study, folders: Folders, destination: Path) -> None:
 def _expected(study: Study) -> list[tuple[str, str, str, int]]:
     """Return the labels and seeds of the runs that tables and figures need."""
     return [run[:4] for run in study.runs()]
+
+
+def _partitions(study: Study, folders: Folders) -> list[Path]:
+    """Return the partition files of the study's runs that exist; the folder may hold others."""
+    paths = dict.fromkeys(folders.partition(run.task, run.partition, run.seed) for run in study.runs())
+    return [path for path in paths if path.exists()]

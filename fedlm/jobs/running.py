@@ -121,6 +121,8 @@ def partition(study: Study, task: str, label: str, seed: int, folders: Folders) 
     """
     from fedlm.data.prepared import Prepared
 
+    if task not in study.tasks:
+        raise UserError(f"task: {task!r} is not in the study; allowed: {', '.join(study.tasks)}")
     if label not in study.partitions:
         raise UserError(f"partition: {label!r} is not in the study; allowed: {', '.join(study.partitions)}")
     data = Prepared.load(folders.task(task))

@@ -79,7 +79,7 @@ def differences(study: Study, folders: Folders, figures: Path, findings: Path | 
     `figures`, and the findings with this file.
     """
     with tempfile.TemporaryDirectory(prefix="fedlm-verify-") as aside:
-        again = reports.beside(study, folders, Path(aside))
+        again = reports.with_linked_records(study, folders, Path(aside))
         collecting.collect(study, again)
         pairs = [(path, folders.root / path.name) for path in sorted(again.root.glob("*.parquet"))]
         pairs += [(path, folders.root / "tables" / path.name) for path in reports.write_tables(study, again)]

@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy
 import pandas
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
 from fedlm.results.cells import CELL
-from fedlm.results.ranking import families
+from fedlm.results.ranking import families, on_all_partitions
 from fedlm.results.scene import Scene
 from fedlm.results.statistics import compare_cells
 from fedlm.results.typeset import Table, significant
-from fedlm.study.yaml_files import read_yaml, shown
+from fedlm.study.yaml_files import read_settings
 
 CLAIMS = Path(__file__).parents[2] / "config" / "claims.yaml"
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
@@ -52,6 +52,7 @@ class CostRule(Settings):
     against: str = Field(description="label of a row of the study")
     quantity: Literal["upload_bytes", "download_bytes", "peak_memory_bytes", "flops", "queries"]
     at_most: float = Field(gt=0, description="limit of the ratio")
+    model: str | None = Field(None, description="label of the model that the limit is for; else for all")
 
 
 class PredictedRule(Settings):
@@ -113,12 +114,7 @@ class Verdict(NamedTuple):
 
 def read_claims(path: Path = CLAIMS) -> list[System]:
     """Read the claims; raise UserError naming the place of an error."""
-    try:
-        return Claims.model_validate(read_yaml(path)).systems
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {place}: {shown(first['input'])}; {first['msg']}") from None
+    return read_settings(path, Claims).systems
 
 
 def read_predicted(path: Path) -> pandas.DataFrame | None:
@@ -184,7 +180,8 @@ def _cells(values: Sized) -> str:
 
 
 def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
-    runs = scene.runs[scene.runs["method"].isin([rule.of, rule.against])]
+    runs = on_all_partitions(scene.runs)
+    runs = runs[runs["method"].isin([rule.of, rule.against])]
     even = runs["scheme"].isin(EVEN)
     runs = {"all": runs, "even": runs[even], "skewed": runs[~even]}[rule.partitions]
     scores = [family for family in families(runs) if family.greater] if len(runs) else []
@@ -196,7 +193,7 @@ def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
     found = compare_cells(differences)
     where = f"{_cells(differences)}, {found.n} pairs"
     if not math.isfinite(found.low):
-        equal = found.n > len(differences) and math.isfinite(found.difference)
+        equal = min(map(len, differences), default=0) > 1
         reason = "no spread between seeds" if equal else "too few pairs for an interval"
         if not found.n:
             return _open(UNTESTABLE, "the study has no seed of both")
@@ -213,6 +210,8 @@ def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
 
 def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
     runs = scene.runs[scene.runs["method"].isin([rule.of, rule.against])]
+    if rule.model and set(runs["model"]) != {rule.model}:
+        return _open(UNTESTABLE, f"the limit is for {rule.model}")
     values = runs.assign(value=runs[rule.quantity].astype(float))
     means = values.pivot_table(index=CELL, columns="method", values="value", aggfunc="mean").dropna()
     if not {rule.of, rule.against} <= set(means):
@@ -253,8 +252,10 @@ def limit_text(rule: Rule, scene: Scene) -> str:
     """Return what a rule compares with what, in words."""
     if isinstance(rule, NoRule):
         return "–"
-    of = scene.titles.get(rule.of, rule.of)
-    against = scene.titles.get(rule.against, rule.against) if rule.against else ""
+    # A predicted rule names methods with their own settings, the others rows of the study.
+    titles = _titles_of_methods() if isinstance(rule, PredictedRule) else scene.titles
+    of = titles.get(rule.of, rule.of)
+    against = titles.get(rule.against, rule.against) if rule.against else ""
     if isinstance(rule, ScoreRule):
         where = "" if rule.partitions == "all" else f", {rule.partitions} partitions"
         return f"score of {of} minus {against}{where}: at least {rule.at_least:g} points"
@@ -263,11 +264,18 @@ def limit_text(rule: Rule, scene: Scene) -> str:
     turn = " a turn" if "turn_" in rule.quantity else ""
     if isinstance(rule, PredictedRule) and rule.settings:
         of += f" with {json.dumps(rule.settings, sort_keys=True)}"
+    on = f" on {rule.model}" if rule.model else ""
     if rule.quantity == "parameters":
-        return f"parameters of the model: at most {rule.at_most:,.0f}"
+        return f"parameters of {rule.model}: at most {rule.at_most:,.0f}"
     if not against:
-        return f"{quantity}{turn} of {of}: at most {rule.at_most:,.0f}"
-    return f"{quantity}{turn} of {of} over {against}: at most {rule.at_most:g}"
+        return f"{quantity}{turn} of {of}{on}: at most {rule.at_most:,.0f}"
+    return f"{quantity}{turn} of {of} over {against}{on}: at most {rule.at_most:g}"
+
+
+def _titles_of_methods() -> dict[str, str]:
+    from fedlm.study.plugins import discover_methods
+
+    return {name: kind.title for name, kind in discover_methods().items()}
 
 
 def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: Path = CLAIMS) -> Table:
@@ -303,7 +311,7 @@ def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: 
     )
     notes = [
         f"{len(cells)} claims: {totals}. Claims are in the suite's own words; the rules of "
-        "config/claims.yaml were written beforehand; where not, the system's note says so.",
+        "config/claims.yaml were written beforehand, except where a system's note says otherwise.",
         "Differences of scores are paired by seed within each cell (task × partition), with the 95% "
         "interval of a t-test over cells and seeds: supported if it lies at or above the margin, "
         "contradicted if below, else undecided. Ratios of costs: supported if within the limit in every "

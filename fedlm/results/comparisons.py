@@ -5,25 +5,22 @@ import math
 import numpy
 import pandas
 
-from fedlm.base.errors import UserError
 from fedlm.results.cells import points, task_texts
 from fedlm.results.scene import Scene
 from fedlm.results.statistics import adjust, compare
 from fedlm.results.typeset import Table
 
 
-def paired_table(scene: Scene, against: str | None = None) -> Table:
-    """Every method compared with one of them on the same seeds: paired t-test for each task x partition."""
+def paired_table(scene: Scene) -> Table:
+    """Every method compared with FedAvg on the same seeds: paired t-test for each task x partition.
+
+    A study without FedAvg compares with its first competitor.
+    """
     runs = scene.runs
     names = dict(zip(runs["method"], runs["method_name"], strict=True))
-    if against is None:
-        candidates = [method for method in scene.methods if names.get(method) == "fedavg"]
-        candidates += [method for method in scene.methods if method not in scene.controls]
-        against = (candidates or [*scene.methods, ""])[0]
-    elif against not in scene.titles:
-        raise UserError(
-            f"against: {against!r} is not a method of the study; allowed: {', '.join(scene.titles)}"
-        )
+    candidates = [method for method in scene.methods if names.get(method) == "fedavg"]
+    candidates += [method for method in scene.methods if method not in scene.controls]
+    against = (candidates or [*scene.methods, ""])[0]
     found, too_few = [], 0
     texts = task_texts(scene)
     every = scene.cells()

@@ -37,7 +37,7 @@ class Contents(NamedTuple):
             competitors=sum(name not in study.found.controls() for name in names.values()),
             cells=len(cells_of(study)),
             centralized="centralized" in names.values(),
-            tuned=getattr(study, "tuning", None) is not None,
+            tuned=study.tuning is not None,
         )
 
     def tables(self) -> list[str]:

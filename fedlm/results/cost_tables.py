@@ -131,11 +131,16 @@ def traffic_table(
     links that are shown.
     """
     keys = ["task", "partition", "method", "seed"]
-    turns = rounds.groupby(keys, observed=True)["participants"].sum().rename("turns").reset_index()
+    turns = rounds.groupby(keys, observed=True)[["participants", "dropped"]].sum().reset_index()
     turns = turns.astype({"task": object, "partition": object, "method": object})
     runs = scene.runs.merge(turns, on=keys, how="left")
-    for column in ("upload_bytes", "download_bytes", "flops"):
-        runs[f"turn_{column}"] = runs[column] / runs["turns"].where(runs["turns"] > 0)
+    answered = runs["participants"] - runs["dropped"]  # a client that drops out downloads, and no more
+    for column, count in {
+        "download_bytes": runs["participants"],
+        "upload_bytes": answered,
+        "flops": answered,
+    }.items():
+        runs[f"turn_{column}"] = runs[column] / count.where(count > 0)
     columns = devices.columns() if devices and cohorts else {}
     for name, (device, link) in columns.items():
         seconds = rounds[[*keys, "round"]].astype({"task": object, "partition": object, "method": object})
@@ -207,7 +212,7 @@ def terminal(
 ) -> str:
     """Return the main table for a terminal of 120 columns: a block for each task and partition.
 
-    `runs` is `runs.parquet` or the frame from `results.load_runs`; the rest is as in `make`.
+    `runs` is `runs.parquet` or the frame from `records.load_runs`; the rest is as in `tables.make`.
     """
     runs = runs if isinstance(runs, pandas.DataFrame) else records.load_runs(runs)
     scene = Scene.make(runs, expected, titles, controls)

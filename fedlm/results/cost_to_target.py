@@ -115,16 +115,29 @@ def cost_to_target_table(
                 cell[heading] = "never" if typical == math.inf else text
             numbers.append(number)
             cells.append(cell)
+    scored = rounds[(rounds["round"] > 0) & rounds["validation_score"].notna()].merge(
+        scene.runs[KEYS], on=KEYS
+    )
+    every = scored.groupby("method")["round"].agg(lambda found: found.min())
+    seldom = [
+        f"{scene.titles[method]} (every {every[method]})"
+        for method in scene.methods
+        if every.get(method, 1) > 1
+    ]
     headings = ["Task", "Partition", "Method", "Target", "Reached"]
     headings += [heading for heading, _ in quantities.values()]
     shown = pandas.DataFrame(cells, columns=headings)
     notes = [
-        "Up to the first round whose validation score is at least 90% (97%) of that of centralised "
+        "Up to the first scored round whose validation score is at least 90% (97%) of that of centralised "
         "training after its last round; where lower is better, at most that score divided by 0.9 (0.97). "
         "Median over seeds, in which a seed that never gets there counts as infinite: never means that "
         "half of the seeds, or more, do not. Bytes and compute are sums over all clients, without the "
         "first broadcast; 0 rounds: the untrained model is within reach. Peak memory is that of the run.",
     ]
+    if seldom:
+        notes.append(
+            f"Not scored in every round, and so reached later than it may have been: {', '.join(seldom)}."
+        )
     if columns:
         places = "; ".join(
             f"{device.title}, {device.training_gflops.value:g} GFLOP/s, {link.title}, "

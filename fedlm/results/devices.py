@@ -12,11 +12,11 @@ from typing import Annotated, NamedTuple, Self, TypeVar
 
 import numpy
 import pandas
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
-from fedlm.study.yaml_files import read_yaml, shown
+from fedlm.study.yaml_files import read_settings
 
 DEVICES = Path(__file__).parents[2] / "config" / "devices.yaml"
 
@@ -120,9 +120,9 @@ def read_devices(own: Path | None = None, path: Path = DEVICES) -> Devices:
     An entry of the own file takes the place of the one with its name; its `shown`, if any, takes the place
     of the other. Raises UserError naming file and key.
     """
-    found = _read(path)
+    found = read_settings(path, Devices)
     if own is not None:
-        more = _read(own)
+        more = read_settings(own, Devices)
         found = Devices(
             devices={**found.devices, **more.devices},
             links={**found.links, **more.links},
@@ -133,16 +133,6 @@ def read_devices(own: Path | None = None, path: Path = DEVICES) -> Devices:
     except UserError as error:
         raise UserError(f"{own or path}: shown: {error}") from None
     return found
-
-
-def _read(path: Path) -> Devices:
-    try:
-        return Devices.model_validate(read_yaml(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {place}: {shown(first['input'])}; {reason}") from None
 
 
 class Turn(NamedTuple):
@@ -188,35 +178,40 @@ def seconds_so_far(
 
     A record holds the sums of a round, and the largest payloads. Where each client is a cohort of its own the
     seconds follow from the sums. Otherwise a cohort is charged for a client that has the round's largest
-    payloads and the compute of the partition's largest client (compute follows the number of examples): its
-    slowest, exactly so where all clients take part and send the same.
+    payloads and the compute of the partition's largest client (compute follows the number of examples, unless
+    all clients make the same number of steps): its slowest, exactly so where all clients take part and send
+    the same.
 
     Args:
         rounds, runs: as from `records.load_rounds` and `load_runs`.
         cohorts: by task and method, the number of cohorts of a round over the number of its clients: 1 where
-            clients take turns, next to 0 where all are merged at once.
+            clients take turns, 1 over the number of clients where all are merged at once.
 
     Returns:
         A series with the index of `rounds`; NaN for a task and method without an entry in `cohorts`.
     """
     keys = ["task", "partition", "method", "seed"]
-    own = rounds[[*keys, "round", "participants"]].copy()
+    own = rounds[[*keys, "round", "participants", "dropped"]].copy()
     own[keys[:3]] = own[keys[:3]].astype(object)
     costs = ("flops", "upload_bytes", "download_bytes")
     ordered = rounds.sort_values([*keys, "round"])
     for name in costs:
         steps = ordered.groupby(keys, observed=True)[name].diff()
         own[name] = steps.fillna(ordered[name]).reindex(rounds.index)
-    shares = runs[[*keys, "clients", "largest_client_share"]].astype(dict.fromkeys(keys[:3], object))
-    own = own.merge(shares, on=keys, how="left").set_axis(rounds.index)
+    shares = runs[[*keys, "clients", "largest_client_share", "local_steps"]]
+    own = own.merge(shares.astype(dict.fromkeys(keys[:3], object)), on=keys, how="left").set_axis(
+        rounds.index
+    )
     turns = own["participants"].where(own["participants"] > 0)
-    largest = own["largest_client_share"].astype(float).fillna(1 / own["clients"]) * own["clients"] / turns
-    largest = largest.clip(lower=1 / turns, upper=1)
+    answered = (own["participants"] - own["dropped"]).where(lambda count: count > 0)
+    share = own["largest_client_share"].astype(float).where(own["local_steps"].isna())
+    largest = share.fillna(1 / own["clients"]) * own["clients"] / answered
+    largest = largest.clip(lower=1 / answered, upper=1).fillna(0.0)  # nobody trained: no compute
     whole: pandas.Series = turn_seconds(Turn(*(own[name] for name in costs)), device, link)
     slowest: pandas.Series = turn_seconds(
         Turn(
             own["flops"] * largest,
-            rounds["largest_upload_bytes"].fillna(own["upload_bytes"] / turns),
+            rounds["largest_upload_bytes"].fillna(own["upload_bytes"] / answered).fillna(0.0),
             rounds["largest_download_bytes"].fillna(own["download_bytes"] / turns),
         ),
         device,

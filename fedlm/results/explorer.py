@@ -23,7 +23,7 @@ from fedlm.results.cost_to_target import cost_to_target_table
 from fedlm.results.devices import Devices, columns_of_seconds, in_words, seconds_so_far
 from fedlm.results.drawing import KINDS, styles
 from fedlm.results.panes import ALONG, AXES, Panes, looks
-from fedlm.results.ranking import ranking_table
+from fedlm.results.ranking import on_all_partitions, ranking_table
 from fedlm.results.scene import Scene
 
 PAGE = Path(__file__).parent / "page"
@@ -155,9 +155,10 @@ def _curves(scene: Scene, rounds: pandas.DataFrame, seconds: Sequence[str]) -> p
 def _ranking(scene: Scene) -> pandas.DataFrame:
     """The ranking over everything, over each task, over each partition and in each cell ("" means all)."""
     found = []
+    everywhere = on_all_partitions(scene.runs)
     for task in ["", *scene.tasks]:
         for partition in ["", *scene.partitions]:
-            runs = scene.runs
+            runs = everywhere
             runs = runs[runs["task"] == task] if task else runs
             runs = runs[runs["partition"] == partition] if partition else runs
             if runs.empty:
@@ -246,7 +247,7 @@ def _target(
 
 
 def _runs(scene: Scene, study: str) -> pandas.DataFrame:
-    """Where each run's numbers come from, and the command that makes it again."""
+    """Where each run's numbers come from."""
     runs = scene.runs
     keys = {name: list(runs[name]) for name in KEYS}
     return pandas.DataFrame(

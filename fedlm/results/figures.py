@@ -41,10 +41,10 @@ def make(
     """Draw all figures of a study as pdf and png; return their paths.
 
     Args:
-        runs_path, rounds_path: the files of `results.collect`.
+        runs_path, rounds_path: the files of `records.collect`.
         partition_paths: partition files; of each task and partition the lowest seed is drawn.
         titles: display title of each method label, in the order of the legend.
-        destination: folder for the files; their names are those of `names`.
+        destination: folder for the files; their names are those of `contents.names_of_figures`.
         expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
         controls: names of methods that are not competitors (left out of the front of a trade-off); None:
             as the method files define.

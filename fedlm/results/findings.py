@@ -95,9 +95,8 @@ def _gaps(scored: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _groups(ranking: pandas.DataFrame) -> list[str]:
-    """Return the titles of the best group of each family of scores."""
-    first = ranking[ranking["group"].astype(str).str.contains("a", regex=False) & ~ranking["control"]]
-    return list(first[first["family"] == first["family"].iloc[0]]["title"]) if len(first) else []
+    """Return the titles of the best competitor and of what cannot be told from it, in the first family."""
+    return list(ranking[ranking["best"] & (ranking["family"] == ranking["family"].iloc[0])]["title"])
 
 
 def _winners(scored: pandas.DataFrame, titles: dict[str, str]) -> list[dict[str, Any]]:

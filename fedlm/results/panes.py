@@ -72,8 +72,8 @@ class Panes:
         self.plain_colour = altair.Color("title:N", scale=scale("colour"), legend=None)
         self.plain_shape = altair.Shape("title:N", scale=scale("shape"), legend=None)
 
-    def charts(self, seconds: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-        """Return the specification of each pane by its name; `seconds` are columns of seconds on devices."""
+    def charts(self) -> dict[str, dict[str, Any]]:
+        """Return the specification of each pane by its name."""
         made = {
             "ranking": self._ranking(beside=True),
             "ranking_narrow": self._ranking(beside=False),

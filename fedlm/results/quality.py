@@ -76,7 +76,7 @@ def quality_table(
     shown = pandas.DataFrame(cells, columns=columns)
     notes = [
         *(f"{rule.name}: {rule.says}" for rule in rules),
-        "Points are scores times 100; where lower is better, percent of the score stand for points. "
+        "Points are scores times 100; where lower is better, differences are in percent of the score. "
         "Scores are means over seeds.",
         *scene.notes(),
     ]

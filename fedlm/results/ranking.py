@@ -49,7 +49,7 @@ def families(runs: pandas.DataFrame) -> list[Family]:
     Centralised training has all examples whatever the partition: one that it was run on serves for all others
     of its task.
     """
-    runs = _on_all_partitions(runs)
+    runs = on_all_partitions(runs)
     names = runs["metric"].where(~runs["greater_is_better"].astype(bool), "score")
     found = []
     for name in sorted(names.unique(), key=lambda name: (name != "score", name)):
@@ -59,7 +59,9 @@ def families(runs: pandas.DataFrame) -> list[Family]:
     return found
 
 
-def _on_all_partitions(runs: pandas.DataFrame) -> pandas.DataFrame:
+def on_all_partitions(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the runs with those of centralised training once for each partition of their tasks."""
+    schemes = dict(zip(runs["partition"], runs["scheme"], strict=True))
     centralised = runs["method_name"] == "centralized"
     copies = []
     for method, own in runs[centralised].groupby("method", observed=True):
@@ -67,7 +69,7 @@ def _on_all_partitions(runs: pandas.DataFrame) -> pandas.DataFrame:
             here = own[own["task"] == task]
             if len(here) and partition not in set(here["partition"]):
                 first = here[here["partition"] == here["partition"].iloc[0]]
-                copies.append(first.assign(partition=partition, method=method))
+                copies.append(first.assign(partition=partition, scheme=schemes[partition], method=method))
     return pandas.concat([runs.astype(dict.fromkeys(CELL, object)), *copies], ignore_index=True)
 
 
@@ -80,7 +82,10 @@ def compare_all(family: Family, methods: Sequence[str]) -> dict[tuple[str, str],
 
 
 def ranking_table(scene: Scene) -> Table:
-    """Interquartile mean of all scores of a method with its interval, mean rank, and groups of equals."""
+    """Interquartile mean of all scores of a method with its interval, mean rank, and groups of equals.
+
+    The column `best` of the numbers is true for the best competitor and those that cannot be told from it.
+    """
     numbers: list[dict[str, Any]] = []
     cells, marks = [], []
     for family in families(scene.runs):
@@ -105,6 +110,9 @@ def ranking_table(scene: Scene) -> Table:
             estimate, scores = estimates[method], family.scores[method].dropna()
             runs = (scene.runs["method"] == method) & scene.runs["metric"].isin(family.metrics)
             group = letters.get(method, "")
+            alike = (
+                method == ranked[0] or (ranked[0], method) not in different if method in letters else False
+            )
             numbers.append(
                 {
                     "family": family.name,
@@ -117,6 +125,7 @@ def ranking_table(scene: Scene) -> Table:
                     "mean": scores.mean(),
                     "mean_rank": ranks.get(method, math.nan),
                     "group": group,
+                    "best": alike,
                     "cells": len(family.of(method)),
                     "cells_of_all": every,
                     "runs": int(runs.sum()),
@@ -137,9 +146,9 @@ def ranking_table(scene: Scene) -> Table:
                     "Runs": str(int(runs.sum())),
                 }
             )
-            # The best, and what cannot be told from it; where that is all of them, there is no best.
-            best = bool(different) and "a" in group
-            marks.append([column == "Interquartile mean" for column in cells[-1]] if best else [False] * 9)
+            # Where nothing can be told apart, no method is marked.
+            marked = alike and bool(different)
+            marks.append([marked and column == "Interquartile mean" for column in cells[-1]])
     notes = [
         "Over all cells (task × partition) of a method, in points (score times 100) where greater is "
         "better; the best first. The interval is a stratified bootstrap over seeds, 2,000 draws; it is "

@@ -57,6 +57,7 @@ class _Method(_Part):
 
 class _Training(_Part):
     batch_size: int | None = None
+    local_steps: int | None = None
     learning_rate: float | None = None
 
 
@@ -145,7 +146,7 @@ _RUN_SCHEMA = {
     **dict.fromkeys(["model", "task_name", "scheme", "method_name", "metric"], _TEXT),
     "greater_is_better": _YES_NO,
     **dict.fromkeys(["test_score", "validation_score", "baseline_score"], _NUMBER),
-    **dict.fromkeys(["rounds", "clients", "batch_size"], _INTEGER),
+    **dict.fromkeys(["rounds", "clients", "batch_size", "local_steps"], _INTEGER),
     "learning_rate": _NUMBER,
     "test_examples": _INTEGER,
     **dict.fromkeys(["upload_bytes", "download_bytes", "broadcast_bytes", *MEMORY_COLUMNS], _INTEGER),
@@ -194,8 +195,7 @@ def collect(records: Iterable[Path], rounds_path: Path, runs_path: Path) -> int:
             metric on the test split, and `extra_<name>` for every number that a method reports of its own.
 
     Raises:
-        UserError: a file is not a finished record of this version, two records are of the same run, or
-        records
+        UserError: a file is not a finished record of this version, two records are of the same run, or two
             cannot be compared since their data, partition or model differ; names the file.
     """
     paths = sorted({Path(path) for path in records}, key=_natural_order)
@@ -240,7 +240,8 @@ def read(path: Path) -> _Record:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         if place == "record":
-            reason = f"record: version {first['input']!r}, but this program reads version {RECORD_VERSION}"
+            found = "no version" if first["type"] == "missing" else f"version {first['input']!r}"
+            reason = f"record: {found}, but this program reads version {RECORD_VERSION}"
         elif first["type"] == "json_invalid":
             reason = f"not a whole JSON file ({first['msg']})"
         else:
@@ -266,6 +267,8 @@ def _same_origin(record: _Record, path: Path, origins: dict) -> None:
     for name, place, value in [
         ("data", (record.task,), source.data_sha256),
         ("model", (record.task,), record.config.model.source),
+        # The new head's values come from the seed.
+        ("set of weights", (record.task, record.seed), source.model_sha256),
         ("partition", (record.task, record.partition, record.seed), source.partition_sha256),
     ]:
         known, other = origins.setdefault((name, *place), (value, path))
@@ -287,6 +290,7 @@ def _run_row(record: _Record) -> dict[str, Any]:
         "baseline_score": record.baseline_validation.get(record.metric),
         "rounds": record.rounds[-1].round,
         "batch_size": record.config.training.batch_size,
+        "local_steps": record.config.training.local_steps,
         "learning_rate": record.config.training.learning_rate,
         "test_examples": record.examples.get("test"),
         "flops": float(record.flops),

@@ -5,14 +5,12 @@ from typing import Literal
 
 import numpy
 import pandas
-import yaml
-from pydantic import ValidationError
 
-from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
 from fedlm.results.cells import metric_text, points
 from fedlm.results.scene import Scene
 from fedlm.results.typeset import Table, spread
+from fedlm.study.yaml_files import read_settings
 
 REFERENCE = Path(__file__).parents[2] / "config" / "reference.yaml"
 
@@ -37,16 +35,7 @@ class Sources(Settings):
 
 def read_reference(path: Path = REFERENCE) -> list[Source]:
     """Read published numbers; raise UserError naming the place of an error."""
-    try:
-        found = Sources.model_validate(yaml.safe_load(Path(path).read_text()))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return found.sources
+    return read_settings(path, Sources).sources
 
 
 def _plain(name: str) -> str:

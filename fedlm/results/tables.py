@@ -14,7 +14,7 @@ import pandas
 
 from fedlm.base.files import write_atomically
 from fedlm.results import records
-from fedlm.results.claims import CLAIMS, claims_table
+from fedlm.results.claims import claims_table
 from fedlm.results.comparisons import paired_table
 from fedlm.results.contents import Contents
 from fedlm.results.cost_tables import main_table, memory_table, traffic_table
@@ -23,7 +23,7 @@ from fedlm.results.devices import Devices
 from fedlm.results.profiles import profiles_table
 from fedlm.results.quality import quality_table
 from fedlm.results.ranking import ranking_table
-from fedlm.results.reference import REFERENCE, reference_table
+from fedlm.results.reference import reference_table
 from fedlm.results.scene import Expected, Scene
 from fedlm.results.skew import skew_table
 from fedlm.results.tuning import tuning_table
@@ -43,7 +43,6 @@ class Evidence(NamedTuple):
     trials: pandas.DataFrame | None = None
     choices: Sequence[dict[str, Any]] = ()
     predicted: pandas.DataFrame | None = None
-    claims_path: Path = CLAIMS
 
 
 def make(
@@ -54,20 +53,18 @@ def make(
     destination: Path,
     *,
     controls: Collection[str] | None = None,
-    against: str | None = None,
-    reference_path: Path = REFERENCE,
     evidence: Evidence | None = None,
 ) -> list[Path]:
     """Write all tables of a study as csv, md and tex, and `missing.csv`; return their paths.
 
     Args:
-        runs_path, rounds_path: the files of `results.collect`. expected: the study's runs (task, partition,
-        method, seed), in its order; empty: all existing runs. titles: display title of each method label,
-        in the order of the rows. destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each
-        of `contents.names_of_tables`. controls: names of methods that are not competitors; None: as the
-        method files define. against: label of the method that the others are compared with in pairs; by
-        default that of FedAvg. reference_path: published numbers. evidence: what the tables need that only
-        some studies have; without it there are none of these.
+        runs_path, rounds_path: the files of `records.collect`.
+        expected: the study's runs (task, partition, method, seed), in its order; empty: all existing runs.
+        titles: display title of each method label, in the order of the rows.
+        destination: folder for the files `<name>.csv`, `.md` and `.tex`, for each of
+            `contents.names_of_tables`.
+        controls: names of methods that are not competitors; None: as the method files define.
+        evidence: what the tables need that only some studies have; without it there are none of these.
 
     Raises:
         UserError: a file cannot be read.
@@ -78,18 +75,18 @@ def make(
     tables = [
         main_table(scene),
         ranking_table(scene),
-        paired_table(scene, against),
+        paired_table(scene),
         traffic_table(scene, rounds, evidence.devices, evidence.cohorts),
         memory_table(scene),
         skew_table(scene),
-        reference_table(scene, reference_path),
+        reference_table(scene),
         quality_table(scene, rounds, evidence.trials, evidence.choices),
     ]
     makers: dict[str, Callable[[], Table]] = {
         "profiles": lambda: profiles_table(scene),
         "cost_to_target": lambda: cost_to_target_table(scene, rounds, evidence.devices, evidence.cohorts),
         "tuning": lambda: tuning_table(scene, evidence.trials, evidence.choices),
-        "claims": lambda: claims_table(scene, evidence.predicted, evidence.claims_path),
+        "claims": lambda: claims_table(scene, evidence.predicted),
     }
     tables += [makers[name]() for name in evidence.contents.tables()]
     destination = Path(destination)

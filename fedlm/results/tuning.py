@@ -15,7 +15,7 @@ from fedlm.results.drawing import Style, edge, panels
 from fedlm.results.lettering import measure, methods_legend, name_row
 from fedlm.results.scene import Scene
 from fedlm.results.statistics import expected_best
-from fedlm.results.typeset import Table
+from fedlm.results.typeset import Table, significant
 
 LABELS = ["task", "partition", "method"]
 
@@ -94,8 +94,13 @@ def tuning_table(scene: Scene, trials: pandas.DataFrame, choices: Sequence[dict[
                 continue
             own = groups[task, method].set_index("trials")
             greater = bool(own["greater_is_better"].iloc[0])
-            factor = 100 if greater else 1
             best = own["expected_best"]
+            shown = {
+                step: (f"{100 * best[step]:.1f}" if greater else significant(best[step]))
+                if step in best
+                else "–"
+                for step in steps
+            }
             choice = chosen.get((task, method), {"chosen": {}, "at_edge": []})
             settings = ", ".join(
                 f"{key.removeprefix('training.')} {_plain(value)}" + ("*" if key in choice["at_edge"] else "")
@@ -105,7 +110,7 @@ def tuning_table(scene: Scene, trials: pandas.DataFrame, choices: Sequence[dict[
                 "Task": task,
                 "Partition": own["partition"].iloc[0],
                 "Method": scene.title(method),
-                **{headings[step]: f"{factor * best[step]:.1f}" if step in best else "–" for step in steps},
+                **{headings[step]: text for step, text in shown.items()},
                 "Failed": str(own["failed"].iloc[0]),
                 "Chosen": settings or "–",
             }

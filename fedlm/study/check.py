@@ -35,8 +35,15 @@ def check(study: Study) -> list[str]:
         except UserError as error:
             faults.extend(f"{path}: {printable(line, 1000)}" for line in str(error).splitlines())
 
-    if "cuda" in {study.training.device, *(e.training.get("device") for e in study.tasks.values())}:
-        attempt("training.device", _require_cuda)
+    devices: dict[str, str | None] = {"training.device": study.training.device}
+    devices |= {
+        f"tasks.{label}.training.device": e.training.get("device") for label, e in study.tasks.items()
+    }
+    for label, row in study.methods.items():
+        devices[f"methods.{label}.training.device"] = row.training.get("device")
+    for path, device in devices.items():
+        if device == "cuda":
+            attempt(path, _require_cuda)
     for label, entry in study.tasks.items():
         task = study.task(label)
         path, kind = f"tasks.{label}", task.kind
@@ -103,7 +110,9 @@ def check(study: Study) -> list[str]:
         raise UserError("\n".join(dict.fromkeys(faults)))
     if without_budgets:
         names = ", ".join(without_budgets)
-        notes.append(f"federation.budgets: clients train as if they had none with these methods: {names}")
+        notes.append(
+            f"federation.budgets: with these methods clients train as if they had no budget: {names}"
+        )
     return notes
 
 

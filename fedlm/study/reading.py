@@ -37,9 +37,9 @@ class _Reader:
         lines = self.faults[:LONGEST_LIST] + ([f"and {rest} more"] if rest > 0 else [])
         return "\n".join(f"{where}: {line}" for line in lines)
 
-    def section(self, values: dict, key: str, default: Any = None) -> Any:
+    def section(self, values: dict, key: str) -> Any:
         """Return the non-empty table of labels under `key`."""
-        table = values.get(key, default)
+        table = values.get(key)
         if not isinstance(table, dict) or not table:
             self.fault(key, f"{shown(table)}; allowed: a table with at least one label")
             return {}
@@ -253,7 +253,9 @@ def _tuned(
     for key in known[entry.method].search:
         section, _, name = key.rpartition(".")
         if name in given[section]:
-            reader.fault(f"{path}.{key}", "allowed: nothing, since `tuning` chooses it")
+            row_has_it = section != "server_optimizer" or entry.server_optimizer
+            where = path if row_has_it else "federation"
+            reader.fault(f"{where}.{key}", f"allowed: nothing, since `tuning` chooses it for {label}")
     if entry.tuned_as is None:
         return
     other = methods.get(entry.tuned_as, entry)

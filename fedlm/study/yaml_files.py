@@ -1,14 +1,18 @@
-"""Study files are YAML, read strictly: no code, no repeated keys, no aliases."""
+"""Files of settings are YAML, read strictly: no code, no repeated keys, no aliases."""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
 from fedlm.base.errors import UserError
+from fedlm.base.settings import Settings
 
 LARGEST_FILE = 1 << 18  # bytes; what fits is read in seconds
+
+Content = TypeVar("Content", bound=Settings)
 
 
 def printable(text: str, longest: int) -> str:
@@ -95,3 +99,14 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{path}: {shown(values)}; allowed: a table of settings")
     return values
+
+
+def read_settings(path: Path, content: type[Content]) -> Content:
+    """Read a YAML table as settings. Raises UserError naming the file and the first wrong key and value."""
+    try:
+        return content.model_validate(read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {place}: {shown(first['input'])}; {reason}") from None
