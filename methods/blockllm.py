@@ -100,8 +100,8 @@ class BlockLLM(Method):
     def check_training(self, training: Training) -> None:
         if training.weight_decay:
             raise UserError(
-                f"weight_decay: {training.weight_decay}; allowed: 0, since decay would also change what is "
-                "measured and not trained"
+                f"training.weight_decay: {training.weight_decay}; allowed: 0, since decay would also change "
+                "what is measured and not trained"
             )
 
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:

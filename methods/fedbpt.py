@@ -16,7 +16,6 @@ from pydantic import Field
 from fedlm.base.errors import UserError
 from fedlm.base.randomness import derive, numpy_stream, torch_stream
 from fedlm.exchange.declared import Declared
-from fedlm.federation.facts import ENCODERS
 from fedlm.federation.method import KeepNothingConfig, Method
 from fedlm.federation.search import LogRange, OneOf
 from fedlm.federation.state import Segment
@@ -117,9 +116,10 @@ class FedBPT(Method):
     # The model
 
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
+        from fedlm.models.loading import is_encoder
         from fedlm.models.readout import PromptedModel
 
-        decoder = model.config.model_type not in ENCODERS
+        decoder = not is_encoder(model.config)
         words = self._readout(decoder) == "words"
         tokenizer = _tokenizer(model)
         template, after = self._template(tokenizer, decoder, words, model.config.vocab_size)
@@ -183,9 +183,10 @@ class FedBPT(Method):
         """Return the read-out by the first token of each class's word."""
         import torch
 
+        from fedlm.models.loading import is_encoder
         from fedlm.models.readout import LabelWords, language_head
 
-        decoder = model.config.model_type not in ENCODERS
+        decoder = not is_encoder(model.config)
         ids = [0] * int(model.config.num_labels or 0)
         if not next(model.parameters()).is_meta:
             words = self._names(len(ids))

@@ -109,7 +109,7 @@ class FedCyBGD(Method):
         count, turn = len(self.blocks), round - 1
         width = min(self.config.blocks_per_turn, count)
         place = client // self.config.clients_per_block
-        places = -(-self.clients // self.config.clients_per_block)
+        places = 1 if self.config.pooled else -(-self.clients // self.config.clients_per_block)
         if self.config.order == "random_with_replacement":
             stream = numpy_stream(self.seed, "block order", place, turn)
             return sorted(stream.choice(count, width, replace=False).tolist())

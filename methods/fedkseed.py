@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedlm.base.randomness import derive, numpy_stream
 from fedlm.exchange.declared import Declared
-from fedlm.federation.method import Method, MethodConfig
+from fedlm.federation.method import KeepNothingConfig, Method
 from fedlm.federation.search import LogRange
 from fedlm.federation.state import Segment
 from fedlm.federation.zeroth_order import descend, move, require_plain_steps
@@ -39,7 +39,7 @@ class FedKSeed(Method):
     reference = "arXiv:2312.06353"
     search = {"training.learning_rate": LogRange(3e-5, 3e-3)}
 
-    class Config(MethodConfig):
+    class Config(KeepNothingConfig):
         """The pool of directions, and how it is used."""
 
         seeds: int = Field(4096, ge=1, le=2**20, description="directions in the pool (K)")
@@ -53,7 +53,6 @@ class FedKSeed(Method):
         weights: Literal["examples", "uniform"] = Field(
             "examples", description="weights of the mean of the clients' slopes"
         )
-        moments: Literal["reset"] = Field("reset", description="there are none")
 
     config: Config
 

@@ -170,9 +170,18 @@ class FedLoRA(Method):
 
         u, s, v = torch.linalg.svd(product, full_matrices=False)
         root, rank = s[: self.config.rank].sqrt(), self.config.rank
-        a, b = self._names(module)
-        server.update(a, root[:, None] * v[:rank])
-        server.update(b, u[:, :rank] * root)
+        self._set(server, module, root[:, None] * v[:rank], u[:, :rank] * root)
+
+    def _set(self, server: Server, module: str, a: Tensor, b: Tensor) -> None:
+        """Set a module's A and B. Where these have less than the rank, the rest of A stays and of B is 0."""
+        import torch
+
+        rank = len(a)
+        for name, value, dim in zip(self._names(module), (a, b), (0, 1), strict=True):
+            if rank < self.config.rank:
+                rest = server.tensors[name].narrow(dim, rank, self.config.rank - rank)
+                value = torch.cat([value, rest if dim == 0 else rest * 0], dim)
+            server.update(name, value.contiguous())
 
     def _add_residual(self, server: Server, module: str, product: Tensor) -> None:
         a, b = (server.tensors[name] for name in self._names(module))

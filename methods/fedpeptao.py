@@ -80,9 +80,9 @@ class FedPepTAO(FedPrompt):
     def check(self, facts: Facts) -> None:
         super().check(facts)
         layers = self.config.layers or []
-        if not set(layers) <= set(range(facts.blocks)) or len(set(layers)) < len(layers):
+        if not set(layers) <= set(range(facts.layers)) or len(set(layers)) < len(layers):
             raise UserError(
-                f"layers: {layers}; allowed: numbers from 0 to {facts.blocks - 1}, the model's last layer, "
+                f"layers: {layers}; allowed: numbers from 0 to {facts.layers - 1}, the model's last layer, "
                 "each once"
             )
         if self.config.others == "fixed" and self.config.scored == "personal":

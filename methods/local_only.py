@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from fedlm.base.errors import UserError
 from fedlm.federation.method import Method
 
 if TYPE_CHECKING:
+    from fedlm.federation.facts import Facts
     from fedlm.federation.method import Server, Tensor, Turn
 
 
@@ -20,6 +22,13 @@ class LocalOnly(Method):
     title = "Local only"
     reference = "control"
     control = True
+
+    def check(self, facts: Facts) -> None:
+        for name, nothing in {"cache": "none", "upload_compression": None}.items():
+            if (given := getattr(self.config, name)) != nothing:
+                raise UserError(f"{name}: {given}; allowed: none, since nothing is sent")
+        if self.config.moments == "handed_on":
+            raise UserError("moments: handed_on; allowed: reset, client, since nothing is sent")
 
     def averages(self) -> bool:
         return False

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from fedlm.base.errors import UserError
 from fedlm.exchange.declared import Declared
-from fedlm.federation.facts import ENCODERS
 from fedlm.federation.method import KeepNothingConfig, Method
 from fedlm.federation.search import LogRange, OneOf
 from fedlm.federation.state import Segment
@@ -86,8 +85,10 @@ class RTD(Method):
         return False
 
     def adapt(self, model: PreTrainedModel, kind: str) -> Module:
+        from fedlm.models.loading import is_encoder
+
         self.width, self.classes = model.config.hidden_size, int(model.config.num_labels or 0)
-        self.decoder = model.config.model_type not in ENCODERS
+        self.decoder = not is_encoder(model.config)
         return model.requires_grad_(False)
 
     def messages(self) -> dict[str, Declared]:

@@ -44,10 +44,15 @@ class Scaffold(Method):
 
     def check_training(self, training: Training) -> None:
         if self.config.corrected and (training.optimizer != "sgd" or training.momentum):
-            given = f"optimizer: {training.optimizer}, momentum: {training.momentum:g}"
+            given = f"training.optimizer: {training.optimizer}, momentum: {training.momentum:g}"
             raise UserError(
                 f"{given}; allowed: sgd without momentum: a control is a mean gradient only if steps are "
                 "gradients times the rate"
+            )
+        if self.config.corrected and training.largest_gradient_norm is not None:
+            raise UserError(
+                f"training.largest_gradient_norm: {training.largest_gradient_norm:g}; allowed: none: a "
+                "control is a mean gradient only if steps are gradients times the rate"
             )
 
     def messages(self) -> dict[str, Declared]:

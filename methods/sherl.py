@@ -67,7 +67,7 @@ class SHERL(Method):
             raise UserError(
                 f"reduction: {self.config.reduction}; allowed: at most {facts.hidden}, the model's width"
             )
-        self._tapped(facts.blocks)
+        self._tapped(facts.layers)
 
     def _tapped(self, layers: int) -> dict[str, int]:
         """Return the numbers of the layers whose inputs are tapped, by what made these; the last is late.

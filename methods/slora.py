@@ -62,8 +62,8 @@ class SLoRA(FedLoRA):
     def check_training(self, training: Training) -> None:
         if training.weight_decay and self.config.sparse_rounds:
             raise UserError(
-                f"weight_decay: {training.weight_decay}; allowed: 0, since decay would also change the "
-                "entries that stage 1 leaves alone"
+                f"training.weight_decay: {training.weight_decay}; allowed: 0, since decay would also change "
+                "the entries that stage 1 leaves alone"
             )
 
     def left_out(self, rounds: int) -> str:
@@ -135,6 +135,11 @@ class SLoRA(FedLoRA):
             means |= self._matrices(server.tensors, entries)
         for name, mean in means.items():
             server.follow(name, mean)
+        if entries is not None and self._is_sparse(round):
+            # A server optimizer's weight decay would move the others too, which the clients do not receive.
+            masked = self._entries(server.tensors, round)
+            for name, matrix in self._matrices(server.initial, masked).items():
+                server.update(name, matrix)
         if round == self.config.sparse_rounds:
             self._switch(server)
 
@@ -154,7 +159,7 @@ class SLoRA(FedLoRA):
     def _positions(self, name: str) -> Tensor:
         """Return the places of the shared mask's entries in a matrix, ascending: (entries,) int64.
 
-        They are remembered as no tensor: all clients share them here, and the memory of a turn has its mask.
+        They are stored as an array, not a tensor: all clients share them, and a turn's memory has its mask.
         """
         import torch
 
@@ -218,7 +223,7 @@ class SLoRA(FedLoRA):
             a, b = self._names(module)
             if not current.is_meta:
                 change = current - first
-                # Where modules hold their weights transposed, LoRA's product is the transposed of it.
+                # Where modules hold their weights transposed, LoRA's product is its transpose.
                 u, s, v = torch.linalg.svd(change.T if self.adapted[module] else change, full_matrices=False)
                 whole += float(s.square().sum())
                 kept += float(s[:rank].square().sum())
@@ -227,8 +232,7 @@ class SLoRA(FedLoRA):
                 even = self.config.split == "even"
                 left = s[:rank].div(scale).sqrt() if even else s[:rank] / scale
                 right = s[:rank].div(scale).sqrt() if even else torch.ones_like(s[:rank])
-                server.update(a, (right[:, None] * v[:rank]).contiguous())
-                server.update(b, (u[:, :rank] * left).contiguous())
+                self._set(server, module, right[:, None] * v[:rank], u[:, :rank] * left)
             else:
                 server.update(a, server.tensors[a])
                 server.update(b, server.tensors[b])

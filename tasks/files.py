@@ -11,10 +11,10 @@ from pydantic import Field, field_validator, model_validator
 
 from fedlm.base.errors import UserError
 from fedlm.base.files import local_path
-from fedlm.data import tables
+from fedlm.data import metrics, tables
 from fedlm.data.prepared import split_sizes
 from fedlm.data.tables import Source
-from fedlm.data.task import METRICS, Corpus, Findings, Kind, Task, Windows, check_windows
+from fedlm.data.task import DEFAULT_METRICS, Corpus, Findings, Kind, Task, Windows, check_windows
 
 LARGEST_CLASSES = 1000
 FEWEST = 3  # examples of a class, so that each of the three splits can have one
@@ -91,8 +91,9 @@ class Files(Task):
             least, most = TEXTS[self.kind]
             if not least <= len(self.text) <= most:
                 raise ValueError(f"text: {self.text}; allowed for {self.kind}: {least} to {most} columns")
-            if self.metric is not None and self.metric not in METRICS[self.kind]:
-                allowed = ", ".join(METRICS[self.kind])
+            known = dict.fromkeys((*DEFAULT_METRICS[self.kind], *metrics.names(self.kind)))
+            if self.metric is not None and self.metric not in known:
+                allowed = ", ".join(known)
                 raise ValueError(f"metric: {self.metric!r}; allowed for {self.kind}: {allowed}")
             if self.kind == "question_answering":
                 check_windows(self.max_length, self.doc_stride)
@@ -104,8 +105,8 @@ class Files(Task):
         super().__init__(config)
         self.kind = self.config.kind
         self.has_groups = self.config.group is not None
-        main = self.config.metric or METRICS[self.kind][0]
-        self.metrics = (main, *(metric for metric in METRICS[self.kind] if metric != main))
+        main = self.config.metric or DEFAULT_METRICS[self.kind][0]
+        self.metrics = (main, *(metric for metric in DEFAULT_METRICS[self.kind] if metric != main))
 
     def sources(self) -> dict[str, Source]:
         """Return the table of each split. Raises UserError for a path where there is none."""
@@ -221,6 +222,11 @@ class Files(Task):
         if self.config.group:
             group_names = sorted(rows["group"].unique())
             rows["group"] = rows["group"].map({name: index for index, name in enumerate(group_names)})
+        if self.kind == "classification" and self.config.metric == "f1" and len(label_names) != 2:
+            raise UserError(
+                f"metric: f1; allowed with {len(label_names)} classes: accuracy, macro_f1, matthews, "
+                "since f1 is that of the second of two classes"
+            )
         return Corpus(rows, label_names, group_names)
 
     def _part(self, split: str, source: Source, alone: bool) -> pandas.DataFrame:

@@ -60,6 +60,13 @@ def test_shared_tensors_are_stored_once(checkpoints):
     assert written(checkpoints)[1].stat().st_size < 1.2 * one
 
 
+@pytest.mark.slow
+def test_the_state_of_very_many_clients_is_read_again(checkpoints):
+    """safetensors writes metadata of any size and reads none above 100 MB."""
+    checkpoints.save(1, TENSORS, {"seen": "x" * 101_000_000})
+    assert len(checkpoints.latest()[2]["seen"]) == 101_000_000
+
+
 def test_the_newest_two_are_kept(checkpoints):
     assert sorted(written(checkpoints, 1, 2, 3, 4)) == [3, 4]
     assert checkpoints.latest()[0] == 4
@@ -73,15 +80,15 @@ def test_a_folder_that_is_not_there_has_no_checkpoint(checkpoints, lines):
 
 def described(header: dict, tensors=TENSORS) -> bytes:
     """Return a checkpoint file with this header and a right checksum."""
-    content = save(tensors, metadata={"fedlm": json.dumps(header)})
-    return f"{sha256(content)}\n".encode() + content
+    plain = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+    return with_checksum(save({**tensors, "plain": plain}, metadata={"files": "{}"}))
 
 
 def with_checksum(content: bytes) -> bytes:
     return f"{sha256(content)}\n".encode() + content
 
 
-HEADER = {"fingerprint": "mine", "round": 2, "aliases": {}, "state": {}}
+HEADER = {"fingerprint": "mine", "round": 2, "aliases": {}, "stored": {}, "state": {}}
 DAMAGES = {
     "empty": lambda content: b"",
     "one byte": lambda content: b"\n",
@@ -100,7 +107,11 @@ DAMAGES = {
     "header no JSON": lambda content: with_checksum(struct.pack("<Q", 4) + b"\xff{{["),
     "nested header": lambda content: with_checksum(struct.pack("<Q", 200_000) + b"[" * 200_000),
     "no metadata": lambda content: with_checksum(save(TENSORS)),
-    "metadata no JSON": lambda content: with_checksum(save(TENSORS, metadata={"fedlm": "?"})),
+    "metadata no JSON": lambda content: with_checksum(save(TENSORS, metadata={"files": "?"})),
+    "no state": lambda content: with_checksum(save(TENSORS, metadata={"files": "{}"})),
+    "state no JSON": lambda content: with_checksum(
+        save({**TENSORS, "plain": torch.full((9,), 63, dtype=torch.uint8)}, metadata={"files": "{}"})
+    ),
     "header a list": lambda content: described([]),
     "header empty": lambda content: described({}),
     "state a text": lambda content: described({**HEADER, "state": "no"}),

@@ -174,6 +174,16 @@ def test_a_resolved_configuration_is_a_study_again():
         ({"methods": {"fedavg": {"tasks": [1]}}}, "methods.fedavg.tasks: [1]; allowed"),
         ({"methods": {"fedcybgd": {"blocks_per_turn": 7}}}, "7; allowed"),
         ({"methods": {"fedprompt": {"tokens": 510}}}, "510 virtual tokens; allowed: at most 504"),
+        (
+            {"methods": {"fedcybgd": {"moments": "handed_on", "payload": "float16"}}},
+            "payload: float16 with moments: handed_on; allowed: float32",
+        ),
+        ({"methods": {"local_only": {"cache": "last_visit"}}}, "cache: last_visit; allowed: none"),
+        (
+            {"methods": {"local_only": {"moments": "handed_on"}}},
+            "methods.local_only: moments: handed_on; allowed: reset, client",
+        ),
+        ({"methods": {"fedkseed": {"cache": "last_visit"}}}, "methods.fedkseed.cache: 'last_visit'; "),
         ({"partitions": {"labels": {"labels_per_client": 9}}}, "labels_per_client: 9, but the training"),
         ({"partitions": {"natural": None}}, "scheme: natural, but the task has no natural populations"),
         ({"partitions": {"dirichlet": {"alpha": -0.1}}}, "partitions.dirichlet.dirichlet.alpha: -0.1; "),

@@ -138,6 +138,14 @@ def test_prediction_is_measurement_under_every_lever(options, place, padded):
     agree(run, predicted(run, place, options.get("model")))
 
 
+def test_the_peak_is_that_of_the_costliest_round(place, padded):
+    """RoLoRA trains B, which needs A(x), and then A, which needs the layer's input: many more activations."""
+    settings = {"variant": "rolora", "rank": 1, "targets": ["query", "value"]}
+    first, both = (ran("fedlora", place, rounds=rounds, **settings) for rounds in (1, 2))
+    assert both.instruments.memory["all"].activation > first.instruments.memory["all"].activation
+    agree(both, predicted(both, place))
+
+
 def test_between_measured_blocks_costs_are_interpolated_and_flops_stay_exact(tmp_path):
     source = ModelConfig(source=str(tiny.save(tmp_path / "deep", "roberta", layers=9, hidden=64)))
 

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 import worlds
+from test_methods import CASES, IDS, defaults
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlm.exchange import payload
@@ -42,6 +43,13 @@ def federation(method, place, **options):
 
 def final(run) -> str:
     return payload.encode(run.server.tensors).sha256()
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES, ids=IDS)
+def test_every_method_learns_there(method, settings, place):
+    run = federation(method, place, **defaults(method, settings))
+    run.run()
+    assert run.device.type == "cuda" and all(math.isfinite(value) for value in run.test.values())
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedcybgd", "fedprox"])

@@ -154,6 +154,9 @@ def test_scaffold_is_refused_where_its_controls_would_not_be_gradients(training)
     with pytest.raises(UserError, match="allowed: sgd without momentum"):
         Scaffold(Scaffold.Config(), 2, 0).check_training(Training(**training))
     Scaffold(Scaffold.Config(), 2, 0).check_training(Training(optimizer="sgd"))
+    with pytest.raises(UserError, match="training.largest_gradient_norm: 1; allowed: none"):
+        clipped = Training(optimizer="sgd", largest_gradient_norm=1.0)
+        Scaffold(Scaffold.Config(), 2, 0).check_training(clipped)
     Scaffold(Scaffold.Config(corrected=False), 2, 0).check_training(Training(**training))
 
 

@@ -243,5 +243,5 @@ def test_the_check_of_a_study_names_budgets_that_are_too_small_and_methods_that_
 
 
 def test_a_budget_too_small_for_the_data_ends_the_run_before_it_begins(place):
-    with pytest.raises(UserError, match="federation.budgets: 9000 bytes; allowed: at least"):
+    with pytest.raises(UserError, match="budgets: 9000 bytes; allowed: at least"):
         worlds.federation("embracingfl", place, federation={"budgets": [{"share": 0.5, "memory": 9000}]})

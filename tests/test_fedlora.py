@@ -276,10 +276,10 @@ def test_rolora_trains_and_sends_b_and_a_in_turn(place):
 
 
 @cache
-def method_of(variant: str, place, family: str = "bert"):
+def method_of(variant: str, place, family: str = "bert", rank: int = 2):
     """Return a federation's method and the server's first values, to merge made-up uploads with."""
     run = worlds.federation(
-        "fedlora", place, family=family, kind=FAMILIES[family], variant=variant, rank=2, alpha=6
+        "fedlora", place, family=family, kind=FAMILIES[family], variant=variant, rank=rank, alpha=6
     )
     return run.method, run.server.initial
 
@@ -336,8 +336,9 @@ def test_flexlora_gives_the_best_product_of_its_rank(family, clients, other, ste
         assert torch.allclose(server.tensors[name].double(), mean, atol=1e-5)
 
 
-def test_flexlora_is_the_mean_product_while_the_rank_suffices(place):
-    method, initial = method_of("flexlora", place)
+@pytest.mark.parametrize("rank", [2, 24])  # the matrices are 16 x 16
+def test_flexlora_is_the_mean_product_while_the_rank_suffices(rank, place):
+    method, initial = method_of("flexlora", place, rank=rank)
     server = Server(dict(initial), initial)
     uploads = made_up(method, initial, [(3, 1)])
     method.merge(server, iter(copies(uploads)), 1)

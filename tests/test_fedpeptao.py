@@ -384,7 +384,7 @@ def test_one_score_is_that_of_the_servers_model_and_the_other_the_mean_over_the_
 @pytest.mark.parametrize("given", [[3], [-1], [1, 1]])
 def test_layers_that_the_model_does_not_have_are_refused(given):
     kind = discover_methods()["fedpeptao"]
-    facts = Facts("bert", "classification", DEPTH, HIDDEN, 128, False)
+    facts = Facts("bert", "classification", DEPTH, HIDDEN, 128, False, DEPTH)
     with pytest.raises(UserError, match=r"layers: \[.*\]; allowed: numbers from 0 to 2"):
         kind(kind.Config(layers=given), 2, 0).check(facts)
     kind(kind.Config(layers=[2, 0]), 2, 0).check(facts)

@@ -441,8 +441,9 @@ def test_each_client_trains_on_its_own_examples_alone(place):
 
 
 @pytest.mark.slow
-def test_undivided_data_block_after_block(place):
-    seen = Watched(place, rounds=6, pooled=True, order="rotating")
+@pytest.mark.parametrize("order", ["rotating", "shifted"])  # which only differ between several clients
+def test_undivided_data_block_after_block(order, place):
+    seen = Watched(place, rounds=6, pooled=True, order=order)
     assert [turn.blocks for turn in seen.turns] == [[0], [1], [2], [0], [1], [2]]
     for turn in seen.turns:
         assert sorted(sum((step.examples for step in turn.steps), [])) == sorted(seen.run.split.train)

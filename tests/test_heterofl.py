@@ -256,6 +256,6 @@ def test_rates_fall_from_one(rates):
 
 def test_a_model_whose_heads_are_not_known_is_refused():
     kind = discover_methods()["heterofl"]
-    facts = Facts(family="bloom", kind="causal", blocks=2, hidden=8, positions=None, decoder=True)
+    facts = Facts(family="bloom", kind="causal", blocks=2, hidden=8, positions=None, decoder=True, layers=2)
     with pytest.raises(UserError, match=f"of type bloom are is not known; allowed: {', '.join(FAMILIES)}"):
         kind(kind.Config(), 2, 0).check(facts)

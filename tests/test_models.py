@@ -10,6 +10,7 @@ import safetensors.torch
 import tiny
 import torch
 from pydantic import ValidationError
+from transformers import AutoConfig
 
 from fedlm.base import downloads
 from fedlm.base.errors import UserError
@@ -20,6 +21,7 @@ from fedlm.models.loading import (
     build_config,
     build_on_meta,
     fingerprint,
+    is_encoder,
     load,
     load_tokenizer,
     max_positions,
@@ -174,6 +176,18 @@ def test_pretrained_weights_are_loaded_and_only_the_head_is_new(folders, family)
     different = {n for n, p in first.named_parameters() if not torch.equal(p, second.get_parameter(n))}
     assert different, "the head depends on the seed"
     assert all(name.split(".")[0] in ("classifier", "score") for name in different)
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder"),
+    {
+        **dict.fromkeys(["bert", "roberta", "xlm-roberta", "camembert", "electra", "albert", "mpnet"], True),
+        **dict.fromkeys(["distilbert", "deberta-v2", "modernbert"], True),
+        **dict.fromkeys(["gpt2", "llama", "bloom", "mistral", "qwen2", "gemma3_text", "gpt_neox"], False),
+    }.items(),
+)
+def test_encoders_are_told_from_decoders(family, encoder):
+    assert is_encoder(AutoConfig.for_model(family)) == encoder
 
 
 def test_the_head_depends_on_the_seed_and_on_nothing_else(folders):

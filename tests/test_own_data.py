@@ -499,7 +499,7 @@ def test_a_run_that_goes_on_is_announced_with_its_process(tmp_path, plain):
         (folders.checkpoints(run) / "lock").write_text("123")
         (line,) = obstacles.announce(study, folders.root)
         assert line.startswith(
-            "films/iid/head_only/seed1: process 123 of an earlier start is still making it"
+            "films/iid/head_only/seed1: process 123 of an earlier run of the pipeline is still making it"
         )
         assert line.endswith("to end it instead: kill 123")
     assert obstacles.announce(study, folders.root) == []
@@ -514,7 +514,9 @@ def test_a_trial_that_goes_on_is_announced_too(tmp_path, plain):
     folders, trial = running.Folders("study", tmp_path), list(study.trials())[1]
     with locked(folders.checkpoints(trial) / "lock", lambda: None):
         (line,) = obstacles.announce(study, folders.root)
-    assert line.startswith("films/iid/head_only/trial1: a process of an earlier start is still making it")
+    assert line.startswith(
+        "films/iid/head_only/trial1: a process of an earlier run of the pipeline is still making it"
+    )
 
 
 def test_a_run_writes_its_process_down(tmp_path, plain):

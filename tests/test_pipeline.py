@@ -272,7 +272,7 @@ def test_a_run_that_outlives_a_killed_snakemake_is_announced_and_its_record_take
     status, output = place.snakemake("--unlock")
     assert status == 0, output
     announced = re.search(
-        r"films/iid/fedavg/seed1: process (\d+) of an earlier start is still making it", output
+        r"films/iid/fedavg/seed1: process (\d+) of an earlier run of the pipeline is still making it", output
     )
     assert announced, output
     # As the line says; otherwise it would go on for long after this test.

@@ -30,7 +30,7 @@ def test_rounds_are_counted_from_logs_and_records(tmp_path):
     old.write_text(f"{runs[0].path}: round 4/5: loss 1\n")
     os.utime(old, (1, 1))
     rounds = progress.Rounds(study, runs, folders)
-    assert (rounds.done(), rounds.total) == (0, 10)  # the log of an earlier start says nothing
+    assert (rounds.done(), rounds.total) == (0, 10)  # the log of an earlier run of the pipeline says nothing
     log = logs / "bundle0.log"
     log.write_text(
         f"{runs[0].path}: round 1/5: loss 1\n{runs[0].path}: round 2/5: loss 1\nstudy: round 9/9\n"

@@ -286,12 +286,12 @@ def build(**settings):
 
 
 def test_splits_that_cannot_be_are_refused(place):
-    facts = Facts("bert", "classification", 3, HIDDEN, 128, False)
+    facts = Facts("bert", "classification", 3, HIDDEN, 128, False, 3)
     build(blocks=2).check(facts)
     with pytest.raises(UserError, match="blocks: 3; allowed: at most 2, since the server needs one"):
         build(blocks=3).check(facts)
     with pytest.raises(UserError, match="blocks: 1; allowed for deberta-v2: 0"):
-        build(blocks=1).check(Facts("deberta-v2", "classification", 3, HIDDEN, 128, False))
+        build(blocks=1).check(Facts("deberta-v2", "classification", 3, HIDDEN, 128, False, 3))
     with pytest.raises(UserError, match="blocks: 1; allowed: 0, since blocks of this model share"):
         worlds.federation("rsfllm", place, family="mobillama", kind="causal", blocks=1)
     assert build().averages() and not build(variant="v2").averages()

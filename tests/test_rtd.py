@@ -134,7 +134,7 @@ def test_a_client_sends_its_keys_once(place):
 
 def test_settings_that_cannot_work_are_refused():
     kind = discover_methods()["rtd"]
-    facts = Facts("bert", "classification", 6, 384, 512, False)
+    facts = Facts("bert", "classification", 6, 384, 512, False, 6)
     with pytest.raises(UserError, match=r"heads: 7; allowed: a divisor of 384"):
         kind(kind.Config(heads=7), 2, 0).check(facts)
     with pytest.raises(UserError, match=r"training.local_epochs: 2; allowed: one epoch"):

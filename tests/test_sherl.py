@@ -249,7 +249,7 @@ def test_early_layers_store_no_activations(place):
 
 def test_settings_that_do_not_fit_the_model(place):
     method = discover_methods()["sherl"]
-    facts = Facts("bert", "classification", blocks=6, hidden=384, positions=512, decoder=False)
+    facts = Facts("bert", "classification", blocks=6, hidden=384, positions=512, decoder=False, layers=6)
     for config, message in (
         ({"reduction": 385}, "reduction: 385; allowed: at most 384, the model's width"),
         ({"late": 6}, "late: 6; allowed: at most 5, all layers but one"),

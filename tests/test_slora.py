@@ -38,8 +38,9 @@ def products(found) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_entries_outside_the_mask_never_change(family, place):
-    found = run(place, 1, family=family)
+@pytest.mark.parametrize("server", [None, {"name": "adamw", "learning_rate": 0.1, "weight_decay": 0.5}])
+def test_entries_outside_the_mask_never_change(family, server, place):
+    found = run(place, 1, family=family, federation={"server_optimizer": server} if server else None)
     method, server = found.method, found.server
     for name in method.tuned:
         mask = torch.zeros(method.shapes[name], dtype=torch.bool)
@@ -119,6 +120,14 @@ def test_without_stage_one_it_is_fedlora_bit_for_bit(place):
     found.run()
     assert payload.encode(found.server.tensors).sha256() == payload.encode(plain.server.tensors).sha256()
     assert found.ledger.upload == plain.ledger.upload
+
+
+def test_the_rank_may_be_above_that_of_a_matrix(place):
+    """A tiny model's matrices are 16 x 16: the switch finds 16 products, and the others still train."""
+    found = run(place, 2, sparse_rounds=1, rank=24)
+    a, b = (found.server.tensors[name] for name in found.method._names(next(iter(found.method.adapted))))
+    assert a.shape == (24, 16) and b.shape == (16, 24)
+    assert (b != 0).any(0).all() and a.any(1).all()
 
 
 def test_nothing_learned_in_stage_one_leaves_a_start_that_trains(place):

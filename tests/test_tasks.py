@@ -406,6 +406,13 @@ def test_the_main_metric_can_be_chosen(tmp_path):
     task = files(written(tmp_path / "t.csv"), metric="macro_f1")
     assert task.metrics == ("macro_f1", "accuracy")
     assert tokenise(task, task.load(), tiny.tokenizer()).metric == "macro_f1"
+    assert files(written(tmp_path / "t.csv"), metric="matthews").metrics[0] == "matthews"
+
+
+def test_the_f1_of_a_class_needs_two_classes(tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"text {row},{row % 3}\n" for row in range(30)))
+    with pytest.raises(UserError, match="metric: f1; allowed with 3 classes: accuracy, macro_f1, matthews"):
+        files(tmp_path / "t.csv", metric="f1").load()
 
 
 @given(st.binary(max_size=300), st.sampled_from([".csv", ".jsonl", ".parquet"]))

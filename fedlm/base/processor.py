@@ -3,9 +3,9 @@
 glibc hands a large tensor's memory back to the system as soon as it is freed and faults it in again when the
 next step asks for it: a sixth of the time of a small model's step, and most of a turn of one step.
 
-PyTorch has MKL multiply matrices of float32, which on AMD's processors uses vectors of 256 bits where there
-are such of 512. oneDNN, the other library in PyTorch, uses them: a product takes less than half the time
-(`benchmarks/products.py`).
+PyTorch has MKL multiply matrices of float32, which on AMD's processors uses vectors of 256 bits although
+there are such of 512. oneDNN, the other library in PyTorch, uses them: a product takes less than half the
+time (`benchmarks/products.py`).
 """
 
 import ctypes

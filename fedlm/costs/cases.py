@@ -19,13 +19,12 @@ from fedlm.federation.passes import GivenBatches
 from fedlm.federation.settings import Federation, Training
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import Kind, ModelConfig
-from fedlm.models.loading import build_config, max_positions
+from fedlm.models.loading import build_config, is_encoder, max_positions
 from fedlm.study.plugins import discover_methods, file_of, find, is_own
 from fedlm.study.study import Study
 
 CORE = ("fedavg", "fedcybgd", "fedlora", "fedprompt")
 TURNS_FOR_A_REQUEST = 200  # enough to train every block, when only the memory request matters
-ENCODERS = ("bert", "roberta")
 KINDS_OF_TASK: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -57,8 +56,7 @@ class Case(NamedTuple):
 
 def natural_kind(model: ModelConfig) -> Kind:
     """Return the default kind of task for a model: classification, or causal for decoders."""
-    shape = build_config(model, "classification", 2).model_type
-    return "classification" if shape in ENCODERS else "causal"
+    return "classification" if is_encoder(build_config(model, "classification", 2)) else "causal"
 
 
 def case_of(

@@ -169,7 +169,7 @@ class _Recorded:
         self.largest: dict[_Work, tuple[int, _Instance]] = {}
 
     def probe(self, instance: _Instance, tokens: int) -> None:
-        """Record a step of so many tokens if it is the largest of its segment so far."""
+        """Record a step of `tokens` tokens if it is the largest of its segment so far."""
         work = _Work(tuple(instance.segment.trainable), self.instruments.dropped, instance.segment.label)
         if tokens > self.largest.get(work, (0,))[0]:
             self.largest[work] = tokens, instance

@@ -27,7 +27,7 @@ class Iid(Divided):
 
 
 class Dirichlet(Divided):
-    """Label skew: label proportions are drawn from a symmetric Dirichlet distribution.
+    """Label skew: label proportions are drawn from a Dirichlet distribution.
 
     `sizes: free` draws, for each label, the shares that the clients get of it (Yurochkin et al. 2019,
     arXiv:1905.12022; Li et al. 2022, arXiv:2102.02079), so that the clients' sizes differ as well.

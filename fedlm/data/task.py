@@ -29,7 +29,7 @@ INPUTS = {
     "causal": ("prompt", "target"),
     "question_answering": ("question", "context"),
 }
-METRICS = {
+DEFAULT_METRICS = {
     "classification": ("accuracy", "macro_f1"),
     "regression": ("pearson", "spearman"),
     "causal": ("loss", "perplexity", "exact_match"),
@@ -135,7 +135,7 @@ class Task:
 
     def __init__(self, config: Config | dict | None = None) -> None:
         self.config = self.Config(**(config or {})) if isinstance(config, dict | None) else config
-        self.metrics = self.metrics or METRICS[self.kind]
+        self.metrics = self.metrics or DEFAULT_METRICS[self.kind]
 
     def check(self) -> None:
         """Raise UserError if the data are not available. Cheap: no model, no download, no tokenisation."""

@@ -120,7 +120,7 @@ def _first_that_fits(
     def peak(level: int) -> int:
         return _peak(method, level, model, examples, make_batch, training)
 
-    # A whole turn may take less than a small one of as many examples, if that keeps something of each.
+    # Level 0 may need less memory than a higher level that stores activations for every example.
     if peak(0) <= budget.memory:
         return 0
     last = method.levels() - 1
@@ -131,7 +131,7 @@ def _first_that_fits(
 def _require(budget: Budget, least: int, method: Method) -> None:
     if least > budget.memory:
         raise UserError(
-            f"federation.budgets: {budget.memory} bytes; allowed: at least {least}, which the smallest turn "
+            f"budgets: {budget.memory} bytes; allowed: at least {least}, which the smallest turn "
             f"of {method.name} takes"
         )
 

@@ -1,7 +1,8 @@
 """Checkpoints between rounds: whole, checksummed, and recognised when they are not one's own.
 
-A checkpoint file is a line with the SHA-256 of what follows, then one safetensors file whose metadata hold
-the run's fingerprint and its other state as JSON. The newest two are kept, should one be damaged. What
+A checkpoint file is a line with the SHA-256 of what follows, then one safetensors file. One of its tensors
+holds the run's fingerprint and its other state as JSON: safetensors reads no metadata above 100 MB, which the
+state of thousands of clients can exceed. The newest two are kept, should one be damaged. What
 clients keep is in files of its own beside the checkpoints (see `stored`), which these refer to by name;
 such a file stays as long as one of the two does.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from fedlm.federation import stored
 from fedlm.federation.stored import Store, Stored
 
 _FILES = "round-*.checkpoint"
+_PLAIN = "plain"  # the tensor with the JSON; no other is named without a slash
 _DIGEST = 65  # 64 hexadecimal digits and a newline
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a cluster's limit of time
 
@@ -109,8 +112,8 @@ class Checkpoints:
                 written[name] = tensor.detach().cpu().contiguous()
         header = {"fingerprint": self.fingerprint, "round": round, "aliases": aliases, "state": plain}
         header["stored"] = referred
-        metadata = {"fedlm": json.dumps(header), "files": json.dumps(files)}
-        content = save(written, metadata=metadata)
+        written[_PLAIN] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+        content = save(written, metadata={"files": json.dumps(files)})
         self.store.pinned.update(files)
         write_atomically(self._path(round), f"{sha256(content)}\n".encode(), content)
         # By number, not by age: what another configuration left here may count further than this run.
@@ -151,12 +154,13 @@ class Checkpoints:
             raise ValueError("its checksum does not match (it is truncated or damaged)")
         try:
             length = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-            header, files = json.loads(metadata["fedlm"]), dict(json.loads(metadata.get("files", "{}")))
+            files = dict(json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["files"]))
+            read = load(content)
+            header = json.loads(read.pop(_PLAIN).numpy().tobytes())
             fingerprint, round, plain = header["fingerprint"], header["round"], dict(header["state"])
-            written: dict[str, Tensor | Stored] = dict(load(content))
+            written: dict[str, Tensor | Stored] = dict(read)
             shared = {name: written[other] for name, other in dict(header["aliases"]).items()}
-            referred = dict(header.get("stored", {}))
+            referred = dict(header["stored"])
             if path != self._path(round):
                 raise ValueError(f"round {round}")
         except MemoryError:

@@ -16,8 +16,6 @@ from fedlm.models import places
 from fedlm.models.catalogue import CATALOGUE
 from fedlm.models.config import Kind, ModelConfig
 
-ENCODERS = ("bert", "roberta", "distilbert", "deberta-v2", "electra")
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -29,6 +27,7 @@ class Facts:
     hidden: int
     positions: int | None
     decoder: bool
+    layers: int
 
 
 @cache
@@ -49,7 +48,8 @@ def facts(model: ModelConfig, kind: Kind) -> Facts:
             blocks=entry.blocks,
             hidden=entry.hidden,
             positions=entry.positions,
-            decoder=entry.model_type not in ENCODERS,
+            decoder=entry.decoder,
+            layers=entry.layers,
         )
     kept = _kept_facts(model, kind)
     if kept is not None:
@@ -90,7 +90,7 @@ def _kept_facts(model: ModelConfig, kind: Kind) -> Path | None:
 def read_facts(model: ModelConfig, kind: Kind) -> Facts:
     """Return the facts of any model, from its configuration and its structure; errors as in `facts`."""
     from fedlm.models.blocks import find_blocks
-    from fedlm.models.loading import build_config, build_on_meta, max_positions
+    from fedlm.models.loading import build_config, build_on_meta, is_encoder, max_positions
 
     shape = build_config(model, kind, 2)
     return Facts(
@@ -99,5 +99,6 @@ def read_facts(model: ModelConfig, kind: Kind) -> Facts:
         blocks=len(find_blocks(build_on_meta(model, kind, 2)).blocks),
         hidden=shape.hidden_size,
         positions=max_positions(model),
-        decoder=shape.model_type not in ENCODERS,
+        decoder=not is_encoder(shape),
+        layers=shape.num_hidden_layers,
     )

@@ -1,4 +1,4 @@
-"""The parts of a model that a turn runs frozen: out of memory where what comes out of them is stored."""
+"""The parts of a model that a turn runs frozen, which leave memory once their outputs are stored."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Frozen:
         return run(PartPass(self.parts, first, last, batch, self.settings, hidden))
 
     def _windows(self, indices: numpy.ndarray, total: int) -> list[int]:
-        """Return how many rows each example has in a batch of so many."""
+        """Return how many rows each example has in a batch of `total` rows."""
         if total == len(indices):
             return [1] * total
         batches = (self.make_batch(indices[i : i + 1]) for i in range(len(indices)))
@@ -122,7 +122,7 @@ class Frozen:
 
     @contextmanager
     def _back(self, names: Iterable[str]) -> Iterator[None]:
-        """Have parameters that are apart in the model for a while."""
+        """Put parameters that were set aside back into the model for a while."""
         apart = [name for name in names if name in self._apart]
         for name in apart:
             self._parameters[name].data = self._fetch(name)

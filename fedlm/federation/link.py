@@ -45,9 +45,10 @@ class Link:
     one of them has it; what is not the server's present value is in the server's store. The other caches
     cost nothing per client.
 
-    `observe` returns what the linear layers are given on so many calibration examples. Tensors may be without
-    values (meta); then pruned matrices have no mask, only the number of values that it would keep. Raises
-    UserError if the method leaves nothing to reduce.
+    `observe` returns what the linear layers are given on a number of calibration examples. Tensors may be
+    without values (meta); then pruned matrices have no mask, only the number of values that it would keep.
+
+    Raises UserError if the method leaves nothing to reduce.
     """
 
     def __init__(

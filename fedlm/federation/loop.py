@@ -123,7 +123,7 @@ class Federation(Rounds):
         self.log(f"round {round}/{self.settings.rounds}: {loss}, validation {scored}")
 
     def _observe(self, examples: int) -> dict[str, pruning.Inputs]:
-        """Return what the linear layers of the server's model are given on so many validation examples.
+        """Return what the linear layers of the server's model are given on `examples` validation examples.
 
         The resident model gets the server's values for it; the turn that follows gives it the client's.
         """
@@ -152,6 +152,7 @@ class Federation(Rounds):
             "ledger": self.ledger.state(),
             "flops": self.flops,
             "queries": self.queries,
+            "cuda_peak": self.cuda_peak,
             "spent": self.spent + time.perf_counter() - self.began,
             "memory": self.instruments.state(),
         }
@@ -176,7 +177,7 @@ class Federation(Rounds):
             client, _, rest = name.partition("/")
             self.server.kept.handles.setdefault(int(client), {})[rest] = stored
         self.rounds, self.baseline = plain["rounds"], plain["baseline"]
-        self.flops, self.queries = plain["flops"], plain["queries"]
+        self.flops, self.queries, self.cuda_peak = plain["flops"], plain["queries"], plain["cuda_peak"]
         self.ledger.restore(plain["ledger"])
         self.spent = plain["spent"]
         self.instruments.restore(plain["memory"])

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedlm.base.settings import Settings
 from fedlm.exchange.compression import Compression, UploadCompression
@@ -49,6 +49,15 @@ class MethodConfig(Settings):
     moments: Literal["reset", "client", "handed_on"] = Field(
         "reset", description="the optimizer's state: fresh in each turn, kept by the client, or sent along"
     )
+
+    @model_validator(mode="after")
+    def _moments_arrive(self) -> Self:
+        if self.moments == "handed_on" and self.payload != "float32":
+            raise ValueError(
+                f"payload: {self.payload} with moments: handed_on; allowed: float32, since the squares of "
+                "small gradients and the count of steps would be lost"
+            )
+        return self
 
 
 class KeepNothingConfig(MethodConfig):
@@ -104,11 +113,11 @@ class Method:
         """Raise UserError, before any job starts, if how clients train does not suit the method."""
 
     def left_out(self, rounds: int) -> str:
-        """Return what a run of so many rounds never comes to, to be noted before it starts; "": nothing."""
+        """Return what a run of `rounds` rounds never comes to, to be noted before it starts; "": nothing."""
         return ""
 
     def levels(self) -> int:
-        """Return in how many sizes a client's turn comes.
+        """Return the number of sizes in which a client's turn comes.
 
         At level 0 it is whole; from level 1 on each takes no more memory than the one before.
 

@@ -44,7 +44,7 @@ class Rounds:
 
     `model` is as the method prepared it, and is moved to `device`, if one is given; `parts` holds each
     client's examples, `make_batch` makes a batch of them; `broadcast` is the size of the pretrained model in
-    bytes. `observe` returns what the linear layers are given on so many calibration examples, for
+    bytes. `observe` returns what the linear layers are given on a number of calibration examples, for
     compressions that need it.
     """
 
@@ -227,18 +227,17 @@ def _failed(method: Method, round: int, clients: list[int], error: Exception) ->
 
 
 def _require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    # One pass without a temporary: NaN and infinity survive a maximum.
-    largest = {
-        name: torch.linalg.vector_norm(value, math.inf).double()
-        for name, value in tensors
-        if not value.is_meta and value.numel() and value.is_floating_point()
-    }
-    # One transfer from the device for all.
-    for name, value in zip(
-        largest, torch.stack([*largest.values()]).tolist() if largest else [], strict=True
-    ):
-        if not math.isfinite(value):
-            raise NotFiniteError(f"the update of {name} is not finite")
+    # What was trained is on the device, what was only received on the CPU.
+    largest: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in tensors:
+        if not value.is_meta and value.numel() and value.is_floating_point():
+            # One pass without a temporary: NaN and infinity survive a maximum.
+            largest.setdefault(value.device, {})[name] = torch.linalg.vector_norm(value, math.inf).double()
+    for found in largest.values():
+        # One transfer from the device for all.
+        for name, number in zip(found, torch.stack([*found.values()]).tolist(), strict=True):
+            if not math.isfinite(number):
+                raise NotFiniteError(f"the update of {name} is not finite")
 
 
 def _first_value(parameter: torch.nn.Parameter, stays: bool) -> Tensor:

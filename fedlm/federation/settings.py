@@ -110,7 +110,7 @@ class Federation(Settings):
         [],
         max_length=100,
         description="memory budgets of shares of the clients, drawn from the run's seed; the others have no "
-        "limit. Methods that do not know budgets train as without",
+        "limit. Methods that do not know budgets train as if there were none",
     )
 
     @model_validator(mode="after")

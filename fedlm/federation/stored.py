@@ -199,7 +199,7 @@ class Kept(Mapping[str, "Tensor"]):
         return len(self._handles)
 
     def version(self) -> str:
-        """Return a digest that is equal for equal versions, and never the same for two different ones.
+        """Return a digest: equal versions have equal digests, different versions different ones.
 
         A stored file is written once and its name is never used again, so the places of the tensors tell.
         """

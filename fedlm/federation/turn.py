@@ -264,7 +264,7 @@ class Turn:
             if not segment.steps or not self._plan or not (segment.trainable or segment.forward_only):
                 continue
             size = self.size(self.largest_step())
-            if not self._instruments.knows_memory(segment.label, size):
+            if not self._instruments.knows_memory(segment.label, segment.trainable, size):
                 self._probe(segment, size, train)
 
     def _probe(self, segment: Segment, size: int, train: Callable[[Turn], None]) -> None:
@@ -278,7 +278,7 @@ class Turn:
                 raise TurnError(f"segments() lists {segment.label!r}, but train() never fits it")
 
         with self._frozen.apart(segment):
-            self._instruments.measure(segment.label, size, act, self.model)
+            self._instruments.measure(segment.label, names, size, act, self.model)
         self._write(before)
         for name in names:
             self._parameters[name].grad = None
@@ -324,7 +324,7 @@ class Turn:
         return norms
 
     def _saw(self, gradient: Tensor) -> None:
-        """Hear of a gradient before it is released."""
+        """Called with each gradient before it is released."""
 
     def _freeze_all_but(self, segment: Segment) -> None:
         trainable = set(segment.trainable)

@@ -1,5 +1,6 @@
 """The instruments of a run: FLOPs of every pass, memory of a probe step."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from fedlm.measure.memory import Memory, MemoryTracker, measure
 
 
 class Instruments:
-    """Counts FLOPs and measures memory, once for each shape of work.
+    """Counts FLOPs once for each shape of work, and measures memory for each segment's largest step.
 
     FLOPs depend only on which parameters are trained, on the batch's shape, on whether a backward pass
     follows, on the layers that the client's copy lacks (`dropped`) and on its width, which follows from its
@@ -72,13 +73,20 @@ class Instruments:
         shapes = ((name, value.shape) for name, value in batch.items())
         return (hash(tuple(trained)), backward, self.dropped, self.level, *shapes)
 
-    def knows_memory(self, label: str, size: int) -> bool:
-        """Return whether a step with this label that is at least as large was measured before."""
-        return self.largest.get(self._work(label), 0) >= size
+    def knows_memory(self, label: str, trained: Sequence[str], size: int) -> bool:
+        """Return whether a step as large that trains the same was measured under this label."""
+        return self.largest.get(self._work(label, trained), 0) >= size
 
-    def measure(self, label: str, size: int, act: Callable[[MemoryTracker], object], model: Module) -> None:
-        """Measure the peak of live tensors during `act` and record it under the label."""
-        self.largest[self._work(label)] = size
+    def measure(
+        self,
+        label: str,
+        trained: Sequence[str],
+        size: int,
+        act: Callable[[MemoryTracker], object],
+        model: Module,
+    ) -> None:
+        """Measure the peak of live tensors during `act`; the highest of a label is recorded."""
+        self.largest[self._work(label, trained)] = size
         found = measure(act, model)
         known = self.memory.get(label)
         if known is None or found.peak > known.peak:
@@ -94,10 +102,10 @@ class Instruments:
         self.largest = dict(state["largest"])
         self.memory = {label: Memory(**memory) for label, memory in state["memory"].items()}
 
-    def _work(self, label: str) -> str:
-        """Return the name of a segment's work: its label and the layers that are missing."""
-        without = ", ".join(map(str, self.dropped))
-        return f"{label} without {without}" if without else label
+    def _work(self, label: str, trained: Sequence[str]) -> str:
+        """Return the name of a segment's work: its label, what it trains, and the layers that are missing."""
+        digest = hashlib.sha256("\n".join(trained).encode()).hexdigest()
+        return " ".join([label, digest, *map(str, self.dropped)])
 
     def peak(self) -> Memory | None:
         """Return the memory of the turn with the highest peak; None before any turn."""

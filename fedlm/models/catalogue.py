@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 # What Transformers has no class for; every other model of the catalogue does every kind its type allows.
 _NO_QUESTION_ANSWERING = ("glm", "gemma3_text")
-_ENCODERS = ("bert", "roberta")
+_ENCODERS = ("bert", "roberta")  # of the catalogue; `loading.is_encoder` knows any model
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,24 @@ class CatalogueModel:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of task that the model can do."""
-        causal = () if self.model_type in _ENCODERS else ("causal",)
+        causal = ("causal",) if self.decoder else ()
         answers = () if self.model_type in _NO_QUESTION_ANSWERING else ("question_answering",)
         return ("classification", "regression", *causal, *answers)
 
     @property
+    def decoder(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.model_type not in _ENCODERS
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self._dimension("num_hidden_layers", "n_layer")
+
+    @property
     def blocks(self) -> int:
         """The number of blocks: one per layer, and one for what the layers share."""
-        layers = self._dimension("num_hidden_layers", "n_layer")
-        return layers + bool(self.dimensions.get("share_feed_forward"))
+        return self.layers + bool(self.dimensions.get("share_feed_forward"))
 
     @property
     def hidden(self) -> int:

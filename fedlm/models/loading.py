@@ -62,7 +62,7 @@ def _read_config(config: ModelConfig) -> PreTrainedConfig:
 
 
 def _adapt(shape: PreTrainedConfig, config: ModelConfig, kind: Kind, num_labels: int) -> PreTrainedConfig:
-    if kind == "causal" and getattr(shape, "is_decoder", True) is False:
+    if kind == "causal" and is_encoder(shape):
         raise UserError(
             f"model: {config.source!r} ({shape.model_type}) reads text in both directions and cannot "
             "continue it; a causal task needs a decoder such as smollm2 or gpt2"
@@ -85,6 +85,15 @@ def _adapt(shape: PreTrainedConfig, config: ModelConfig, kind: Kind, num_labels:
             elif name.endswith("layerdrop") and isinstance(value, int | float):
                 setattr(shape, name, 0.0)
     return shape
+
+
+def is_encoder(shape: PreTrainedConfig) -> bool:
+    """Return whether a model reads text in both directions, so that it cannot continue it."""
+    import transformers
+
+    # Not by `is_decoder` alone, which decoders such as GPT-NeoX set to false. BERT's kin can be either.
+    masked = type(shape) in transformers.AutoModelForMaskedLM._model_mapping
+    return masked and not getattr(shape, "is_decoder", False)
 
 
 def max_positions(config: ModelConfig) -> int | None:

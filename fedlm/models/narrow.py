@@ -154,7 +154,7 @@ def _scaled(model: Any) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Let a module have another attribute meanwhile, or of a buffer the part of this shape."""
+    """Give a module another attribute for a while; for a buffer, its leading part of the shape `value`."""
     before = getattr(module, name)
     if isinstance(before, Tensor):
         value = before[tuple(slice(size) for size in value)]

@@ -48,7 +48,7 @@ class Parts:
 
     @contextlib.contextmanager
     def behind(self, parts: int, hidden: Tensor | None) -> Iterator[None]:
-        """Let the model's passes begin behind so many parts, with what came out of the last of them."""
+        """Let the model's passes begin behind the first `parts` parts, with the output of the last one."""
 
         def given(*arguments: Any, **options: Any) -> Any:
             return (hidden,) if self.tuples else hidden
@@ -66,7 +66,7 @@ class Parts:
             yield
 
     def evaluate(self, parts: int) -> None:
-        """Put the first so many parts into evaluation mode, if any."""
+        """Put the first `parts` parts into evaluation mode, if any."""
         if not parts:
             return
         for module in self.model.modules():

@@ -56,7 +56,7 @@ def _folder(source: str) -> Path:
     if os.sep in source or source.startswith("~"):
         raise UserError(f"model: there is no folder {source!r}; allowed: {_allowed()}")
     near = difflib.get_close_matches(source.lower().replace("-", "_"), CATALOGUE, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else ";"
     raise UserError(f"model: unknown label {source!r}{hint} Allowed: {_allowed()}")
 
 
@@ -68,7 +68,8 @@ def _allowed() -> str:
 
 def find_place(config: ModelConfig) -> Place:
     """Return where the model's files are, downloading and converting an embedded model if needed."""
-    if config.source in ("minilm", "smollm2"):
+    entry = CATALOGUE.get(config.source)
+    if entry is not None and entry.embedded:
         from fedlm.models import embedded
 
         return Place(str(getattr(embedded, config.source)()), local=True)

@@ -99,6 +99,11 @@ def check(study: Study) -> list[str]:
                 attempt(f"methods.{name}", partial(_check_trials, study, own, found))
             attempt(f"methods.{name}", partial(_check_averaging, study, label, name, built.averages()))
             virtual, positions = built.virtual_tokens(), found.positions
+            if kind == "question_answering" and positions and length and length > positions - virtual:
+                faults.append(
+                    f"{path}.max_length: {length}; allowed: at most {positions - virtual} with "
+                    f"methods.{name}, whose {virtual} virtual tokens take positions of the model"
+                )
             if positions is not None and positions - virtual < 8:
                 faults.append(
                     f"methods.{name}: {virtual} virtual tokens; allowed: at most "
