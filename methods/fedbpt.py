@@ -427,7 +427,8 @@ def _tokenizer(model: PreTrainedModel) -> Any:
     from fedlm.models.loading import load_tokenizer
 
     try:
-        return load_tokenizer(ModelConfig(source=str(model.name_or_path)))
+        revision = getattr(model.config, "revision", None)  # a prediction's model has none
+        return load_tokenizer(ModelConfig(source=str(model.name_or_path), revision=revision))
     except (UserError, ValueError):
         if next(model.parameters()).is_meta:
             return None

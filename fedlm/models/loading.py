@@ -140,6 +140,8 @@ def load(config: ModelConfig, kind: Kind, num_labels: int, seed: int) -> PreTrai
         _require_one_feed_forward(model, report["missing_keys"], config)
         _share_feed_forward(model)
     _require_fit(model, report, config, kind)
+    # For what reads more of the checkpoint, such as its language head.
+    model.config.revision = config.revision
     if kind in ("classification", "regression"):
         # Decoders predict the class from the last token that is not padding, so model and tokenizer must
         # agree. Set after building, since otherwise the token's embedding would be excluded from training.

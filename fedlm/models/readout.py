@@ -197,7 +197,11 @@ def language_head(model: PreTrainedModel, decoder: bool) -> nn.Module:
         missing: set[str] = set()
     else:
         whole, report = kind.from_pretrained(
-            model.name_or_path, use_safetensors=True, output_loading_info=True, dtype=parameter.dtype
+            model.name_or_path,
+            revision=getattr(model.config, "revision", None) or "main",
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=parameter.dtype,
         )
         missing = set(report["missing_keys"])
     heads = [(name, module) for name, module in whole.named_children() if module is not whole.base_model]
