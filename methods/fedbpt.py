@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fedlm.base.errors import UserError
-from fedlm.base.randomness import derive, numpy_stream, torch_stream
+from fedlm.base.randomness import numpy_stream, torch_stream
 from fedlm.exchange.declared import Declared
 from fedlm.federation.method import KeepNothingConfig, Method
 from fedlm.federation.search import LogRange, OneOf
@@ -359,10 +359,8 @@ class FedBPT(Method):
     @contextmanager
     def _corrupted(self, turn: Turn) -> Iterator[None]:
         """Let the model read the turn's corrupted text: the same each time, if read in the same order."""
-        import torch
-
-        seed = derive(self.seed, "corruption", turn.round, turn.client)
-        self.model.corruption = torch.Generator("cpu").manual_seed(seed), self.config.corruption
+        stream = torch_stream(self.seed, "corruption", turn.round, turn.client)
+        self.model.corruption = stream, self.config.corruption
         try:
             yield
         finally:

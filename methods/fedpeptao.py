@@ -5,7 +5,6 @@ Source: arXiv:2310.15080 (abstract) and its code. See docs/methods/fedpeptao.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from fedlm.base.errors import UserError
+from fedlm.base.settings import nearest
 from fedlm.exchange.declared import Declared
 from fedlm.federation.method import weighted_mean
 from fedlm.federation.search import LogRange
@@ -107,7 +107,7 @@ class FedPepTAO(FedPrompt):
         self.head = [name for name in self.exchanged if name != self.prefix]
         self.depth = len(self.anatomy.layers)
         given = self.config.layers
-        self.count = len(given) if given else max(1, math.floor(self.config.share * self.depth + 0.5))
+        self.count = len(given) if given else max(1, nearest(self.config.share, self.depth))
         # What crosses the network instead of the prefixes.
         self.sent, self.order, self.steps, self.scores = (
             f"{self.prefix}@{name}" for name in ("layers", "order", "steps", "scores")

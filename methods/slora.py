@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from fedlm.base.errors import UserError
-from fedlm.base.randomness import derive
+from fedlm.base.randomness import torch_stream
 from fedlm.exchange.declared import Declared
 from fedlm.federation.method import weighted_mean
 from fedlm.federation.search import LogRange
@@ -170,7 +170,7 @@ class SLoRA(FedLoRA):
     def _draw(self, name: str, *turn: int) -> Tensor:
         import torch
 
-        stream = torch.Generator("cpu").manual_seed(derive(self.seed, "mask", name, *turn))
+        stream = torch_stream(self.seed, "mask", name, *turn)
         return torch.rand(self.shapes[name], generator=stream, device="cpu") < self.config.density
 
     def _mask(self, name: str, turn: Turn) -> Tensor:

@@ -1,4 +1,4 @@
 """What crosses the network: encoded payloads, and the reduced forms in which parameters travel.
 
-For others: `payload`, `compression`, `pruning`.
+For others: `payload`, `declared`, `uploads`, `compression`, `pruning`.
 """

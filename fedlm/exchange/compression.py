@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from fedlm.base.randomness import numpy_stream
-from fedlm.base.settings import Settings
+from fedlm.base.settings import Settings, nearest
 
 if TYPE_CHECKING:
     from fedlm.models.blocks import Anatomy, Block
@@ -39,7 +39,7 @@ class LayerDrop(Settings):
         At least one layer of the model is left.
         """
         layers = [anatomy.layers.index(block.module) for block in free if block.module in anatomy.layers]
-        count = min(_share(self.rate, len(layers)), len(anatomy.layers) - 1)
+        count = min(nearest(self.rate, len(layers)), len(anatomy.layers) - 1)
         stream = numpy_stream(seed, "layer_drop", round, client)
         return sorted(stream.choice(layers, count, replace=False).tolist()) if count else []
 
@@ -78,7 +78,7 @@ class Stale(Settings):
     def left_out(self, updated: list[Block], seed: int, round: int, client: int) -> list[Block]:
         """Return those of the updated free blocks that are not sent in this turn."""
         stream = numpy_stream(seed, "stale", round, client)
-        sent = set(stream.permutation(len(updated))[: _share(self.share, len(updated))].tolist())
+        sent = set(stream.permutation(len(updated))[: nearest(self.share, len(updated))].tolist())
         return [block for index, block in enumerate(updated) if index not in sent]
 
 
@@ -132,8 +132,3 @@ def free_blocks(anatomy: Anatomy, trained: Iterable[str]) -> list[Block]:
     """Return the blocks none of whose parameters is among the trained ones."""
     trained = set(trained)
     return [block for block in anatomy.blocks if trained.isdisjoint(block.parameters)]
-
-
-def _share(share: float, count: int) -> int:
-    """Return a share of a count, halves rounded up."""
-    return math.floor(share * count + 0.5)

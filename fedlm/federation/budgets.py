@@ -6,7 +6,6 @@ the same on every machine.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import numpy
 
 from fedlm.base.errors import UserError
 from fedlm.base.randomness import numpy_stream
+from fedlm.base.settings import nearest
 from fedlm.federation.method import Method
 from fedlm.federation.settings import Budget, Training
 from fedlm.models.config import Kind, ModelConfig
@@ -45,7 +45,7 @@ def draw(budgets: Sequence[Budget], clients: int, seed: int) -> dict[int, Budget
     first, share = 0, 0.0
     for budget in budgets:
         share += budget.share
-        last = math.floor(share * clients + 0.5)
+        last = nearest(share, clients)
         drawn |= dict.fromkeys(order[first:last], budget)
         first = last
     return drawn

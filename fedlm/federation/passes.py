@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fedlm.data.prepared import IGNORED
 from fedlm.exchange.declared import Way
-from fedlm.federation.scoring import losses
+from fedlm.federation.scoring import Batch, losses
 from fedlm.federation.settings import Training
 from fedlm.models.config import Kind
 from fedlm.models.fake import has_values
 from fedlm.models.parts import Parts
 
-Batch = dict[str, Tensor]
 Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
 Term = Callable[[dict[str, Tensor]], Tensor]
 """A term of the loss: takes the trained parameters by name, returns a scalar with its gradient."""
@@ -136,7 +136,7 @@ def targets(batch: Batch) -> int:
         return len(labels)
     if not has_values(labels):
         return 1
-    return max(1, int((labels[:, 1:] != -100).sum()))
+    return max(1, int((labels[:, 1:] != IGNORED).sum()))
 
 
 class Crossing(torch.autograd.Function):

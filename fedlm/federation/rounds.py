@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedlm.base.errors import DivergedRun, FailedRun
 from fedlm.base.randomness import derive, isolated, numpy_stream
+from fedlm.base.settings import nearest
 from fedlm.exchange import payload
 from fedlm.exchange.payload import PayloadError, Received
 from fedlm.exchange.pruning import Inputs
@@ -98,7 +99,7 @@ class Rounds:
 
     def sample(self, round: int) -> list[int]:
         """Return the clients that take part in a round, in ascending order."""
-        count = max(1, math.floor(self.settings.participation * len(self.parts) + 0.5))
+        count = max(1, nearest(self.settings.participation, len(self.parts)))
         stream = numpy_stream(self.seed, "sampling", round)
         return sorted(stream.choice(len(self.parts), count, replace=False).tolist())
 
