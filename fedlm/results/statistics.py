@@ -163,11 +163,10 @@ def expected_best(scores: Sequence[float]) -> list[float]:
     It is exact: the i-th smallest of N scores is the best of n with probability C(i-1, n-1) / C(N, n) (the
     unbiased form of Dodge et al. 2019, arXiv:1909.03004, given by Tang et al. 2020, arXiv:2004.13705).
     """
-    values = numpy.sort(numpy.asarray(scores, dtype=float))
-    count = len(values)
-    ranks = numpy.arange(count)
+    values, count = sorted(map(float, scores)), len(scores)
+    # Exact sums: BLAS's differ by processor in their last digits, and tables are compared by their bytes.
     return [
-        float(scipy.special.comb(ranks, n - 1) @ values / scipy.special.comb(count, n))
+        math.fsum(math.comb(rank, n - 1) * value for rank, value in enumerate(values)) / math.comb(count, n)
         for n in range(1, count + 1)
     ]
 
