@@ -241,8 +241,12 @@ def test_a_signal_after_the_last_round_ends_the_run(place, tmp_path):
         return score(examples)
 
     federation.scorer.score = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        federation.run(Checkpoints(tmp_path, "mine", print))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest-xdist sets aside
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            federation.run(Checkpoints(tmp_path, "mine", print))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not hasattr(federation, "test")
     found = Checkpoints(tmp_path, "mine", print).latest()
     assert found is not None and found[0] == 1

@@ -383,4 +383,4 @@ def test_the_pipeline_tries_chooses_and_runs_and_then_plans_nothing(tmp_path):
     # ... and never taken for a study of other settings.
     study_of(tmp_path, federation={"clients": 2, "rounds": 2}, **changes)
     status, output = snakemake(clone, "-n")
-    assert status == 2 and "in git, but made with other settings" in output, output
+    assert status == 2 and "in git, but cannot serve the study as it is now" in output, output
