@@ -90,16 +90,16 @@ class Panes:
         names = altair.Axis(labelLimit=220, ticks=False, domain=False)
         base = altair.Chart(altair.NamedData(name="ranking"))
         named = rows.axis(names)
-        points = altair.X("value:Q", title="score (points)", scale=altair.Scale(zero=False))
+        points = altair.X("value:Q", title="score", scale=altair.Scale(zero=False))
         whole = [
             altair.Tooltip("title:N", title="method"),
-            altair.Tooltip("value:Q", title="interquartile mean", format=".1f"),
-            altair.Tooltip("low:Q", title="95% from", format=".1f"),
-            altair.Tooltip("high:Q", title="to", format=".1f"),
+            altair.Tooltip("value:Q", title="interquartile mean", format=".3g"),
+            altair.Tooltip("low:Q", title="95% from", format=".3g"),
+            altair.Tooltip("high:Q", title="to", format=".3g"),
             altair.Tooltip("group:N", title="cannot be told apart"),
         ]
         interval = base.mark_rule(strokeWidth=1.5).encode(
-            x=altair.X("low:Q", title="score (points)"), x2="high:Q", y=named, color=self.plain_colour
+            x=altair.X("low:Q", title="score"), x2="high:Q", y=named, color=self.plain_colour
         )
         mean = base.mark_point(filled=True, size=90, opacity=1).encode(
             x=points, y=named, color=self.plain_colour, shape=self.plain_shape, tooltip=whole
