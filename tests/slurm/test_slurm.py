@@ -154,7 +154,7 @@ def test_whatever_happens_to_a_job_the_result_is_the_same(cluster, tmp_path):
     predictions = place / "results/tiny/costs/predictions.json"
     predictions.parent.mkdir(parents=True)
     long = {"peak_memory_bytes": 300_000_000, "parameter_bytes": 90_000_000}
-    long |= {"exchanged_bytes": 50_000_000, "kept_bytes": 0}
+    long |= {"exchanged_bytes": 50_000_000}
     predictions.write_text(json.dumps({"films/long": long}))
 
     # Meanwhile the same study on this machine alone, undisturbed.
