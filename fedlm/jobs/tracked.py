@@ -31,7 +31,8 @@ def settle(study: Study, folders: Folders, figures: Path) -> set[str]:
             os.utime(path, (stamp, stamp))
     runs = [run for run in (*study.runs(), *study.trials()) if folders.record(run) in kept]
     objections = {run: reason for run in runs if (reason := _objection(study, run, folders))}
-    for run, reason in objections.items():
+    if objections:
+        run, reason = next(iter(objections.items()))
         raise UserError(
             f"{folders.record(run)}: in git, but cannot serve the study as it is now: {reason} "
             f"({len(objections)} such records); allowed: the study as it was, another name under `study`, or "

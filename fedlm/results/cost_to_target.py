@@ -118,7 +118,7 @@ def cost_to_target_table(
     scored = rounds[(rounds["round"] > 0) & rounds["validation_score"].notna()].merge(
         scene.runs[KEYS], on=KEYS
     )
-    every = scored.groupby("method")["round"].agg(lambda found: found.min())
+    every = scored.groupby("method")["round"].min()
     seldom = [
         f"{scene.titles[method]} (every {every[method]})"
         for method in scene.methods

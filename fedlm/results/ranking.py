@@ -110,9 +110,7 @@ def ranking_table(scene: Scene) -> Table:
             estimate, scores = estimates[method], family.scores[method].dropna()
             runs = (scene.runs["method"] == method) & scene.runs["metric"].isin(family.metrics)
             group = letters.get(method, "")
-            alike = (
-                method == ranked[0] or (ranked[0], method) not in different if method in letters else False
-            )
+            alike = method in letters and (method == ranked[0] or (ranked[0], method) not in different)
             numbers.append(
                 {
                     "family": family.name,

@@ -95,12 +95,7 @@ def tuning_table(scene: Scene, trials: pandas.DataFrame, choices: Sequence[dict[
             own = groups[task, method].set_index("trials")
             greater = bool(own["greater_is_better"].iloc[0])
             best = own["expected_best"]
-            shown = {
-                step: (f"{100 * best[step]:.1f}" if greater else significant(best[step]))
-                if step in best
-                else "–"
-                for step in steps
-            }
+            write = (lambda value: f"{100 * value:.1f}") if greater else significant
             choice = chosen.get((task, method), {"chosen": {}, "at_edge": []})
             settings = ", ".join(
                 f"{key.removeprefix('training.')} {_plain(value)}" + ("*" if key in choice["at_edge"] else "")
@@ -110,7 +105,7 @@ def tuning_table(scene: Scene, trials: pandas.DataFrame, choices: Sequence[dict[
                 "Task": task,
                 "Partition": own["partition"].iloc[0],
                 "Method": scene.title(method),
-                **{headings[step]: text for step, text in shown.items()},
+                **{headings[step]: write(best[step]) if step in best else "–" for step in steps},
                 "Failed": str(own["failed"].iloc[0]),
                 "Chosen": settings or "–",
             }
