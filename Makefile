@@ -52,13 +52,15 @@ lint: setup
 	@$(RUN) -m mypy
 
 # The environment is installed once, and again when the lock has changed. Where packages come from is up to pip's own
-# configuration. pip would compile all files on one core, which takes as long as all else; what has no syntax of this
-# Python is a template or a test.
+# configuration. pip unpacks on one core, so several share the lock; the last call adds what the lock leaves to the
+# platform (the CUDA libraries of torch's build on PyPI). pip would compile all files on one core, which takes as long
+# as all else; what has no syntax of this Python is a template or a test.
 setup:
 	@cmp -s requirements.txt $(ENVIRONMENT)/requirements.txt || { \
 	    command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) not found; allowed: make PYTHON=<python 3.11 or newer>"; exit 1; }; \
 	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; allowed: 3.11 or newer, as in make PYTHON=python3.12" % sys.version_info[:2])' \
 	    && { [ -x $(RUN) ] || $(PYTHON) -m venv $(ENVIRONMENT); } \
+	    && grep -v '^#' requirements.txt | xargs -n 25 -P 4 $(RUN) -m pip install --progress-bar off --no-compile --no-deps \
 	    && $(RUN) -m pip install --no-compile --requirement requirements.txt \
 	    && { $(RUN) -m compileall -q -q -j 0 -x '/tests?/' $(ENVIRONMENT)/lib || true; } \
 	    && cp requirements.txt $(ENVIRONMENT)/requirements.txt; }

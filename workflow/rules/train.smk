@@ -101,6 +101,7 @@ else:
                 [record_of(run) for run in bundle],
             log:
                 f"{RESULTS}/logs/train/bundle{number}.log",
+            priority: -number  # in the order of the study's file, after the data are there
             conda:
                 "../../environment.yml"
             threads: study.pipeline.threads
