@@ -198,21 +198,24 @@ def test_a_renamed_label_trains_nothing(tmp_path):
 
 
 def test_runs_that_share_a_process(tmp_path):
-    """A run that fails takes neither its neighbour in the process nor the neighbour's record with it."""
+    """A run that fails takes neither its neighbours in the process nor their records with it."""
     place = Place(
         tmp_path,
         # A client of eight makes one step a round: too few to diverge.
         federation={"clients": 8, "rounds": 3},
         partitions={"iid": None, "pooled": None},
-        methods={"fedavg": {"training": {**DIVERGES, "learning_rate": 2.0, "local_epochs": 1}}},
-        pipeline={"runs_per_job": 2},
+        methods={
+            "fedavg": {"training": {**DIVERGES, "learning_rate": 2.0, "local_epochs": 1}},
+            "majority": {"partitions": ["iid"]},
+        },
+        pipeline={"runs_per_job": 3},
     )
     status, output = place.snakemake()
     assert status == 1
-    assert "Training fedavg on films: 2 runs in one process" in output
+    assert "Training fedavg, majority on films: 3 runs in one process" in output
     # Snakemake removes what a failed job has made; the finished record is restored from its copy.
     finished = place.records()
-    assert list(finished) == ["films/iid/fedavg/seed1.json"]
+    assert set(finished) == {"films/iid/fedavg/seed1.json", "films/iid/majority/seed1.json"}
     assert place.missing() == ["films/pooled/fedavg/seed1"]
 
     status, output = place.snakemake()

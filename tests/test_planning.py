@@ -52,6 +52,18 @@ def test_trials_have_jobs_of_their_own():
     assert plan.jobs == 2
 
 
+def test_methods_share_jobs_where_nothing_is_tuned():
+    pieces = [piece(), piece(method="fedlora", seconds=100.0), piece(task="news")]
+    plan = Plan(pieces, 3.0, 64, runs_per_job=5, unknown=[])
+    assert plan.bundles == {
+        ("films", ""): {False: [4 * 10.0 + 100.0, 3 * 100.0]},
+        ("news", ""): {False: [40.0]},
+    }
+    assert plan.seconds == 300.0 + planning.REPORT_SECONDS
+    tried = plan._replace(pieces=[*pieces, piece(trials=True, runs=2)])
+    assert tried.jobs == 4  # a method's runs wait for its own trials only
+
+
 def test_a_request_holds_the_turn_and_what_the_server_holds():
     needs = {"peak_memory_bytes": 10**9, "parameter_bytes": 10**8, "exchanged_bytes": 2 * 10**8}
     assert request_mb(needs, False) == PROCESS_MB + 1000 + 1000

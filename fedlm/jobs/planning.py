@@ -67,13 +67,26 @@ class Plan(NamedTuple):
     unknown: list[str]
 
     @property
-    def jobs(self) -> int:
-        """How many jobs train what is left: those of one task and method share them."""
-        left: dict[tuple[str, str, bool], int] = {}
+    def bundles(self) -> dict[tuple[str, str], dict[bool, list[float]]]:
+        """The seconds that each job still has to train, for runs (False) and trials (True) of a task.
+
+        In a study with trials also by method: its runs wait for its own trials only.
+        """
+        tuned = any(piece.trials for piece in self.pieces)
+        left: dict[tuple[str, str], dict[bool, list[float]]] = {}
         for piece in self.pieces:
-            key = piece.task, piece.method, piece.trials
-            left[key] = left.get(key, 0) + piece.left
-        return sum(math.ceil(count / self.runs_per_job) for count in left.values())
+            kinds = left.setdefault((piece.task, piece.method if tuned else ""), {})
+            kinds.setdefault(piece.trials, []).extend([piece.seconds] * piece.left)
+        size = self.runs_per_job
+        for kinds in left.values():
+            for trials, runs in kinds.items():
+                kinds[trials] = [sum(runs[first : first + size]) for first in range(0, len(runs), size)]
+        return left
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs train what is left."""
+        return sum(len(jobs) for kinds in self.bundles.values() for jobs in kinds.values())
 
     @property
     def processor_seconds(self) -> float:
@@ -85,15 +98,9 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> float:
         """From start to end, with the pipeline itself."""
-        # Runs that share a process follow each other, and a row's runs follow its trials.
-        rows: dict[tuple[str, str], dict[bool, float]] = {}
-        for piece in self.pieces:
-            if piece.left:
-                row = rows.setdefault((piece.task, piece.method), {})
-                bundle = min(piece.left, self.runs_per_job) * piece.seconds
-                row[piece.trials] = max(row.get(piece.trials, 0.0), bundle)
-        longest = max((sum(row.values()) for row in rows.values()), default=0.0)
-        longest = max(self.processor_seconds / self.at_a_time, longest)
+        # Runs that share a process follow each other, and a method's runs follow its trials.
+        chains = [sum(max(jobs, default=0.0) for jobs in kinds.values()) for kinds in self.bundles.values()]
+        longest = max(self.processor_seconds / self.at_a_time, *chains)
         return longest + REPORT_SECONDS if self.jobs else 0.0
 
     @property

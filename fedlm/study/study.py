@@ -28,7 +28,7 @@ class Pipeline(Settings):
     """What a job of the pipeline requests."""
 
     threads: int = Field(1, ge=1, le=1024, description="processor cores of one job")
-    runs_per_job: int = Field(1, ge=1, le=10_000, description="runs that share one process")
+    runs_per_job: int = Field(1, ge=1, le=10_000, description="runs of a task that share one process")
     memory_mb: int = Field(3000, ge=256, description="memory of a job for which there is no prediction")
     minutes: int = Field(60, ge=1, description="time limit of a job")
     checkpoint_seconds: float = Field(

@@ -227,13 +227,15 @@ def choice_of(task, method):
 
 
 def bundles(runs, largest):
-    """Group runs, or trials, into lists of at most `largest` that share a process: of one task and method.
+    """Group runs, or trials, into lists of at most `largest` that share a process: of one task.
 
-    A bundle also ends before its command line exceeds the system's limit (128 kB on Linux).
+    Where settings are chosen, also of one choice: a run waits for no other method's trials. A bundle also ends
+    before its command line exceeds the system's limit (128 kB on Linux).
     """
     groups = {}
     for run in runs:
-        groups.setdefault((run.task, run.method, run.trial is None), []).append(run)
+        key = run.task, run.trial is None, *choice_of(run.task, run.method)
+        groups.setdefault(key, []).append(run)
     for group in groups.values():
         size = min(largest, 100_000 // (1 + max(len(run.path) for run in group)))
         for start in range(0, len(group), size):

@@ -106,8 +106,9 @@ else:
                 "../../environment.yml"
             threads: study.pipeline.threads
             resources:
-                mem_mb=lambda wildcards, input, attempt, bundle=bundle: memory_mb(
-                    bundle[0].task, bundle[0].method, input.predictions, attempt
+                mem_mb=lambda wildcards, input, attempt, bundle=bundle: max(
+                    memory_mb(run.task, run.method, input.predictions, attempt)
+                    for run in bundle
                 ),
                 runtime=study.pipeline.minutes,
                 gpu=study.pipeline.gpus,
@@ -118,8 +119,8 @@ else:
                     depends_on(run) for run in bundle
                 ],
             message:
-                f"Training {bundle[0].method} on {bundle[0].task}: {len(bundle)} "
-                f"{'runs' if bundle[0].trial is None else 'trials'} in one process"
+                f"Training {', '.join(dict.fromkeys(run.method for run in bundle))} on {bundle[0].task}: "
+                f"{len(bundle)} {'runs' if bundle[0].trial is None else 'trials'} in one process"
             shell:
                 "python3 -m fedlm run-many --config {params.study:q} {params.runs} 2>&1 | lines {log}"
 
