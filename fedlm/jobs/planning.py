@@ -100,7 +100,7 @@ class Plan(NamedTuple):
         """From start to end, with the pipeline itself."""
         # Runs that share a process follow each other, and a method's runs follow its trials.
         chains = [sum(max(jobs, default=0.0) for jobs in kinds.values()) for kinds in self.bundles.values()]
-        longest = max(self.processor_seconds / self.at_a_time, *chains)
+        longest = max([self.processor_seconds / self.at_a_time, *chains])
         return longest + REPORT_SECONDS if self.jobs else 0.0
 
     @property
