@@ -37,17 +37,19 @@ class FedProx(Method):
 
         names = self.trainable(turn.client, turn.round)
         mu, anchor = self.config.mu, turn.copies(names)
-        parameters = dict(turn.model.named_parameters())
+
+        def now(name: str) -> Tensor:
+            return turn.values([name])[name]
 
         # The term enters the loss as a number, and its gradient, mu (w - anchor), is added in place: autograd
         # would hold one more copy of all that is trained.
         @torch.no_grad()
         def proximal(trained: dict[str, Tensor]) -> Tensor:
-            squares = [torch.dist(value, anchor[name]).square() for name, value in trained.items()]
+            squares = [torch.dist(now(name), anchor[name]).square() for name in trained]
             return mu / 2 * sum(squares[1:], squares[0])
 
         def pull(name: str, gradient: Tensor) -> Tensor:
-            return gradient.add_(parameters[name].detach(), alpha=mu).sub_(anchor[name], alpha=mu)
+            return gradient.add_(now(name), alpha=mu).sub_(anchor[name], alpha=mu)
 
         for segment in self.segments(turn.client, turn.round, turn.steps):
             turn.fit(segment, term=proximal, correct=pull)

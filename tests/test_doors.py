@@ -50,6 +50,17 @@ def test_without_pull_and_without_controls_both_are_fedavg(place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [{}, {"accumulation": 2, "batch_size": 4, "largest_gradient_norm": 0.5}])
+def test_doors_that_add_nothing_leave_every_bit(training, place):
+    """Doors that are used, not left out; SCAFFOLD's controls are zero in the first round."""
+    options = {"rounds": 1, "training": {"optimizer": "sgd", "learning_rate": 0.05, **training}}
+    fedavg = ran("fedavg", place, **options)
+    assert final(ran(Idle, place, **options)) == final(fedavg)
+    if not training:
+        assert final(ran("scaffold", place, weights="examples", **options)) == final(fedavg)
+
+
+@pytest.mark.slow
 def test_fedprox_holds_one_copy_of_what_is_trained_and_scaffold_two_controls(place):
     """To the byte, where the peak is in the optimizer's step: one example a batch."""
     options = {"training": {"batch_size": 1, "local_steps": 1}}
@@ -93,6 +104,103 @@ class Corrected(Pulled):
 
     title = "Corrected"
     door = "correction"
+
+
+class Idle(FedAvg):
+    """Uses all doors, each for nothing."""
+
+    title = "Idle"
+
+    def train(self, turn):
+        for segment in self.segments(turn.client, turn.round, turn.steps):
+            turn.fit(
+                segment,
+                term=lambda trained: torch.zeros(()),
+                correct=lambda name, gradient: gradient + 0,
+                output_term=lambda batch, outputs: 0 * outputs.logits.sum(),
+            )
+
+
+class Multiplying(FedAvg):
+    """Multiplies matrices behind each door, and takes a gradient without them first."""
+
+    title = "Multiplying"
+    doors = ("term", "output_term", "correct")
+
+    def train(self, turn):
+        name = "classifier.weight"
+
+        def term(trained):
+            return 1e-3 * (trained[name] @ trained[name].T).sum()
+
+        def output_term(batch, outputs):
+            return 1e-3 * (outputs.logits.T @ outputs.logits).sum()
+
+        def correct(name, gradient):
+            return gradient + 0 * (gradient @ gradient.T @ gradient) if gradient.dim() == 2 else gradient
+
+        found = {"term": term, "output_term": output_term, "correct": correct}
+        for segment in self.segments(turn.client, turn.round, turn.steps):
+            turn.gradient_norms(segment)
+            turn.fit(segment, **{door: found[door] for door in self.doors})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "doors", [("term",), ("output_term",), ("correct",), Multiplying.doors], ids="+".join
+)
+def test_products_behind_the_doors_count_and_are_predicted(doors, place, padded, monkeypatch):  # noqa: F811
+    class Plain(Multiplying):
+        title = "Plain"
+        doors = ()
+
+    monkeypatch.setattr(Multiplying, "doors", doors)
+    options = {"training": {"accumulation": 2, "batch_size": 4, "local_steps": 2}}
+    run, plain = ran(Multiplying, place, **options), ran(Plain, place, **options)
+    assert run.flops > plain.flops
+    assert predicted(run, place).flops == run.flops
+    assert predicted(plain, place).flops == plain.flops
+
+
+@pytest.mark.slow
+def test_a_term_of_the_outputs_is_part_of_the_recorded_loss_once(place):
+    """Distillation from nothing: the mean squared logit, over the passes of a step."""
+
+    class Distilled(FedAvg):
+        title = "Distilled"
+        seen: list = []
+
+        def train(self, turn):
+            def squares(batch, outputs):
+                self.seen.append(float(outputs.logits.detach().square().mean()) * len(batch["labels"]))
+                return outputs.logits.square().mean()
+
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(segment, output_term=squares)
+
+    training = {**SGD, "learning_rate": 1e-8, "accumulation": 2, "batch_size": 4, "local_steps": 1}
+    options = {"training": training, "rounds": 1, "clients": 1}
+    plain = ran("fedavg", place, **options)
+    run = worlds.federation(Distilled, place, **options)
+    run.instruments.knows_memory = lambda *work: True  # the probe would be seen, too
+    run.run()
+    found = run.rounds[0]["train_loss"] - plain.rounds[0]["train_loss"]
+    assert len(Distilled.seen) == 2
+    assert found == pytest.approx(sum(Distilled.seen) / 8, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_fedprox_sees_what_half_precision_would_round_away(place):
+    """Weights of bfloat16 move in steps of 0.4%: the pull follows their float32 values."""
+    training = {**SGD, "learning_rate": 1e-5, "local_steps": 4}
+    name, held_back = "bert.encoder.layer.0.output.dense.weight", {}
+    for weights in ("float32", "bfloat16"):
+        options = {"training": training, "model": {"weights": weights}, "rounds": 1, "clients": 1}
+        runs = ran("fedavg", place, **options), ran("fedprox", place, mu=1000.0, **options)
+        free, held = (run.server.tensors[name] - run.server.initial[name] for run in runs)
+        held_back[weights] = float(1 - held.norm() / free.norm())
+    assert held_back["float32"] > 0.005
+    assert held_back["bfloat16"] == pytest.approx(held_back["float32"], rel=0.1)
 
 
 SGD = {"optimizer": "sgd", "learning_rate": 1e-2, "local_steps": 3}
@@ -213,6 +321,7 @@ class Looking(Method):
 def test_passes_that_only_look_are_measured_counted_and_predicted(place, padded):  # noqa: F811
     run, fedavg = ran(Looking, place), ran("fedavg", place)
     memory, training = run.instruments.memory["queries"], fedavg.instruments.memory["all"]
+    assert predicted(run, place).queries == run.queries > 0
     assert memory.gradient == memory.optimizer == 0 and memory.peak < training.peak
     # Three evaluations of forward passes against one of forward and backward, which is three forwards.
     assert run.flops == pytest.approx(fedavg.flops, rel=0.2)

@@ -9,6 +9,7 @@ import worlds
 
 from fedlm.exchange import payload
 from fedlm.federation.link import NO_VERSION
+from fedlm.federation.state import Segment
 from fedlm.federation.turn import Turn
 from methods.fedavg import FedAvg
 
@@ -380,3 +381,48 @@ def test_the_state_survives_json(place):
         assert again.keys() == held.keys()
     exact = {exactly for seen in run.link.seen.values() for _, exactly in seen.values()}
     assert exact == {True, False}
+
+
+def test_what_the_model_already_is_is_not_written_again(place):
+    """A turn writes what its client is sent and what the turn before it trained, and no more of the model."""
+    run = worlds.federation("fedcybgd", place, clients=4, rounds=2, cache="last_visit", order="rotating")
+    sent, trained, written = [], [], []
+    load, train, send = run.load, run.method.train, run.link.send
+
+    def loading(values):
+        before = {name: run.parameters[name]._version for name in values}
+        load(values)
+        written.append({name for name in values if run.parameters[name]._version != before[name]})
+
+    def training(turn):
+        trained.append(set(run.method.trainable(turn.client, turn.round)))
+        train(turn)
+
+    def sending(client, round):
+        message = send(client, round)
+        sent.append(set(message.parts))
+        return message
+
+    run.load, run.method.train, run.link.send = loading, training, sending
+    run.play(1)
+    run.play(2)
+    assert len(written) == len(trained) == 8
+    assert written[0] == set(run.server.initial)
+    for turn in range(1, 8):
+        assert written[turn] == sent[turn] | trained[turn - 1]
+    assert len(written[1]) < len(written[0]) / 2
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "learning_rate": 0.1}])
+def test_every_change_of_the_model_is_noticed(options, place):
+    """An optimizer's step, fused or not, and a copy: the next turn starts from the server's values again."""
+    run = worlds.federation("fedavg", place, rounds=1, training=options)
+    run.load(run.server.tensors)
+    run.method.segments = lambda client, round, steps: []  # nothing is said to be trained
+    names = run.method.trainable(0, 1)
+    run.method.train = lambda turn: turn.fit(Segment("all", names, turn.steps))
+    run._turn(0, 1)
+    assert not torch.equal(run.parameters["classifier.weight"], run.server.tensors["classifier.weight"])
+    run.load(run.server.tensors)
+    for name, value in run.server.tensors.items():
+        assert torch.equal(run.parameters[name], value), name

@@ -24,12 +24,13 @@ from fedlm.exchange import payload
 from fedlm.federation.frozen import first_visits
 from fedlm.federation.method import Method
 from fedlm.federation.optimizer import Correction, state_of
-from fedlm.federation.passes import Batch, Channel, PartPass, Pass, Step, Term, upward
+from fedlm.federation.passes import Batch, Channel, OutputTerm, PartPass, Pass, Step, Term, precision, upward
 from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
-from fedlm.federation.turn import Turn
+from fedlm.federation.turn import CORRECTION, Doors, Turn
+from fedlm.measure.flops import flop_counter
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import KINDS, Memory, older_objects_set_aside
 from fedlm.models.config import ModelConfig
@@ -39,6 +40,7 @@ from fedlm.models.parts import Parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PLAIN, FORWARD = (True, False, False), (False, False, False)  # kinds of passes: with and without a way back
 LEAST_POSITIONS = 3  # first, second and last: FLOPs are linear in the position from the second block on
 
 
@@ -47,12 +49,12 @@ class Costs:
     """What one run costs.
 
     `broadcast_bytes` is the pretrained model, sent to each client once; `download_bytes` and `upload_bytes`
-    are of the whole run, as are `flops`. `turns` counts the turns, `answered` those that ended in an upload.
-    `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments in `interpolated`
-    were not measured: they are between equal blocks that were. `kept_bytes` is what all clients together keep
-    after the run, `server_bytes` what the server holds then besides the parameters. In `alike`, segments that
-    differ only in their position have the same number. `cohorts` are the sizes of the last round's cohorts,
-    `models` is how many models are scored in the end.
+    are of the whole run, as are `flops` and `queries`. `turns` counts the turns, `answered` those that
+    ended in an upload. `memory` is that of a turn by the segment that it trains ("all", "block 3"). Segments
+    in `interpolated` were not measured: they are between equal blocks that were. `kept_bytes` is what all
+    clients together keep after the run, `server_bytes` what the server holds then besides the parameters. In
+    `alike`, segments that differ only in their position have the same number. `cohorts` are the sizes of the
+    last round's cohorts, `models` is how many models are scored in the end.
     """
 
     parameters: int
@@ -66,6 +68,7 @@ class Costs:
     kept_bytes: int
     server_bytes: int
     flops: int
+    queries: int
     memory: dict[str, Memory]
     interpolated: tuple[str, ...]
     alike: dict[str, int]
@@ -79,7 +82,10 @@ class Costs:
 
 
 class _Work(NamedTuple):
-    """Training of the same cost wherever it occurs: `what` is a batch's shapes, or a segment's label."""
+    """Training of the same cost wherever it occurs.
+
+    `what` is a segment's label, or a kind of work with the client's level and a batch's shapes.
+    """
 
     trainable: tuple[str, ...]
     dropped: tuple[int, ...]
@@ -109,15 +115,23 @@ class _RecordedTurn(Turn):
                 step = self.largest_step()
                 self._work.probe(_Instance(self, segment, step), self.size(step))
 
-    def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
+    def fit(
+        self,
+        segment: Segment,
+        term: Term | None = None,
+        correct: Correction | None = None,
+        output_term: OutputTerm | None = None,
+    ) -> None:
         if not segment.trainable or not segment.steps:
             return
         plan = self._plan[self._done : self._done + segment.steps]
         if segment.stored:
             for indices in first_visits(plan):
-                self._record(segment, [indices], backward=False)
+                self._record(segment, [indices], FORWARD)
         for step in plan:
-            self._record(segment, step)
+            self._record(segment, step, (True, term is not None, output_term is not None))
+            if correct is not None:
+                self._work.work(_Instance(self, segment, step), {}, CORRECTION)
             self._done += 1
         if self.moments != "reset":
             moments = state_of(segment.trainable, self._parameters, self.settings)
@@ -125,7 +139,7 @@ class _RecordedTurn(Turn):
 
     def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
         for step in self._plan[begin : begin + segment.steps]:
-            self._record(segment, step, backward=False)
+            self._record(segment, step, FORWARD)
             self.queries += len(step)
         return 0.0
 
@@ -142,21 +156,73 @@ class _RecordedTurn(Turn):
             self._record(segment, step[:1])
         return {}
 
-    def _record(self, segment: Segment, step: Step, backward: bool = True) -> None:
+    def _record(self, segment: Segment, step: Step, kind: tuple[bool, bool, bool] = PLAIN) -> None:
         for indices in step:
             batch = self._make_batch(indices)
-            self._work.passes(_Instance(self, segment, [indices]), batch, backward)
+            self._work.work(_Instance(self, segment, [indices]), batch, kind)
             if self._exchanges:
                 model: Any = self.model
                 shape = (*batch["input_ids"].shape, model.config.hidden_size)
                 activation = torch.empty(shape, device="meta")
                 self.exchanged["up"] += payload.size(upward(activation, batch), self.precision)
-                self.exchanged["down"] += backward * payload.size({"gradient": activation}, self.precision)
+                self.exchanged["down"] += kind[0] * payload.size({"gradient": activation}, self.precision)
 
-    def again(self) -> Turn:
-        """Return a turn that can do the recorded work, on tensors of the current mode."""
+    def again(self) -> dict[str, Any]:
+        """Return the arguments of a turn that can do the recorded work, on tensors of the current mode."""
         values = {"received": _empty(self.received), "kept": _empty(self._kept_before)}
-        return Turn(**{**self.arguments(), **values})
+        return {**self.arguments(), **values}
+
+
+class _DoorsTurn(Turn):
+    """A turn that does, and counts, what a method adds to one pass or to one update of a segment."""
+
+    def __init__(self, instance: _Instance, kind: Hashable, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._instance, self._kind = instance, kind
+
+    def fit(
+        self,
+        segment: Segment,
+        term: Term | None = None,
+        correct: Correction | None = None,
+        output_term: OutputTerm | None = None,
+    ) -> None:
+        if not self.flops and segment.trainable == self._instance.segment.trainable:
+            self._freeze_all_but(segment)
+            self._add(Doors(term, correct, output_term), {n: self._parameters[n] for n in segment.trainable})
+        self._done += segment.steps
+
+    def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
+        return 0.0
+
+    def gradient_norms(self, segment: Segment) -> dict[str, float]:
+        return {}
+
+    def each_step(self) -> range:
+        return range(0)
+
+    def _add(self, doors: Doors, trained: dict[str, Tensor]) -> None:
+        batch = self._make_batch(self._instance.step[0])
+        with torch.no_grad():
+            outputs = self.model(**batch) if doors.output_term else {}
+        for name, value in outputs.items():
+            if isinstance(value, Tensor):
+                outputs[name] = value.requires_grad_()
+        with flop_counter() as counter:
+            if self._kind == CORRECTION:
+                assert doors.correct is not None
+                with torch.no_grad():
+                    for name, value in trained.items():
+                        doors.correct(name, torch.zeros_like(value, dtype=torch.float32))
+            else:
+                terms = [doors.term(trained)] if doors.term else []
+                if doors.output_term:
+                    with precision(batch, self.settings):
+                        terms.append(doors.output_term(batch, outputs))
+                for term in terms:
+                    if term.requires_grad:
+                        term.backward()
+        self.flops = counter.get_total_flops()
 
 
 class _Recorded:
@@ -174,10 +240,10 @@ class _Recorded:
         if tokens > self.largest.get(work, (0,))[0]:
             self.largest[work] = tokens, instance
 
-    def passes(self, instance: _Instance, batch: Batch, backward: bool) -> None:
-        """Record a pass over one batch."""
+    def work(self, instance: _Instance, batch: Batch, kind: Hashable) -> None:
+        """Record a pass over one batch, or a correction."""
         shapes = (
-            backward,
+            kind,
             self.instruments.level,
             *((name, tuple(one.shape)) for name, one in batch.items()),
         )
@@ -214,11 +280,27 @@ class _Rehearsal(Rounds):
         self.instruments.largest.clear()
         turn, segment = instance.turn, instance.segment
         with self._copy_of(turn):
-            turn.again().probe([segment], self.method.train)
+            Turn(**turn.again()).probe([segment], self.method.train)
         return self.instruments.memory[segment.label]
 
-    def flops_of(self, instance: _Instance, backward: bool) -> int:
-        """Return the FLOPs of an instance, done on fake tensors unless an equal one was done before."""
+    def flops_of(self, instance: _Instance, kind: Any) -> int:
+        """Return the FLOPs of work of a kind: those of the pass, and those that the method adds to it."""
+        if kind == CORRECTION:
+            return self._flops_of_doors(instance, kind)
+        backward, *added = kind
+        found = self._flops_of_pass(instance, backward)
+        return found + self._flops_of_doors(instance, kind) if any(added) else found
+
+    def _flops_of_doors(self, instance: _Instance, kind: Hashable) -> int:
+        turn = instance.turn
+        with self._copy_of(turn):
+            adding = _DoorsTurn(instance, kind, **turn.again())
+            self.method.train(adding)
+            self.model.zero_grad()
+        return adding.flops
+
+    def _flops_of_pass(self, instance: _Instance, backward: bool) -> int:
+        """Return the FLOPs of a pass, done on fake tensors unless an equal one was done before."""
         turn, trained = instance.turn, set(instance.segment.trainable)
         with self._copy_of(turn):
             self.model.train(backward)
@@ -234,7 +316,7 @@ class _Rehearsal(Rounds):
                 begin = partial(self.in_parts.behind, len(segment.frozen), hidden)
                 again = 0 if segment.stored else flops
             work = Pass(self.model, batch, self.training, backward=backward, begin=begin)
-            found = self.instruments.flops_of(segment.trainable, batch, work, backward)
+            found = self.instruments.flops_of(segment.trainable, batch, work, work.kind)
             self.model.zero_grad()
         return found + again
 
@@ -255,7 +337,7 @@ class _Rehearsal(Rounds):
         hidden, total = None, 0
         for first, then in steps:
             work = PartPass(self.in_parts, first, then, batch, self.training, hidden)
-            hidden, flops = self.instruments.count([work.name], batch, work, False)
+            hidden, flops = self.instruments.count([work.name], batch, work, work.kind)
             total += flops
         assert hidden is not None
         return hidden, total
@@ -352,6 +434,7 @@ def predict(
         alike={label: numbers[group] for label, group in groups.items()},
         cohorts=tuple(run.cohorts),
         models=sum(1 for _ in method.models(run.server)),
+        queries=run.queries,
     )
 
 

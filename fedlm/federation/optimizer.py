@@ -96,6 +96,7 @@ class LocalOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         self.optimizer.step()
+        torch.autograd.graph.increment_version(updated)  # a fused step leaves their counts as they were
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, master in self.masters.items():

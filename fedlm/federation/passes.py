@@ -20,6 +20,8 @@ from fedlm.models.parts import Parts
 Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
 Term = Callable[[dict[str, Tensor]], Tensor]
 """A term of the loss: takes the trained parameters by name, returns a scalar with its gradient."""
+OutputTerm = Callable[[Batch, Any], Tensor]
+"""A term of the loss: takes a batch and the model's outputs for it, returns a scalar with its gradient."""
 Channel = Callable[[Way, Tensor, int], Tensor]
 """A link: takes a direction, what was sent and the number of the pass, returns what arrives."""
 
@@ -27,9 +29,9 @@ Channel = Callable[[Way, Tensor, int], Tensor]
 class Pass:
     """A pass over one batch; called, it returns the loss times its share, detached, in float32.
 
-    With `backward` the gradients are added to the existing ones. `term` is added to the batch's loss
-    before it is weighted, so that over the passes of one optimizer step it counts once. `begin` makes the
-    context of the pass: `Parts.behind` lets it begin with stored activations.
+    With `backward` the gradients are added to the existing ones. `term` and `output_term` are added to the
+    batch's loss before it is weighted, so that over the passes of one optimizer step they count once. `begin`
+    makes the context of the pass: `Parts.behind` lets it begin with stored activations.
     """
 
     def __init__(
@@ -40,10 +42,16 @@ class Pass:
         share: float = 1.0,
         backward: bool = True,
         term: Callable[[], Tensor] | None = None,
+        output_term: OutputTerm | None = None,
         begin: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.model, self.batch, self.settings, self.share = model, batch, settings, share
-        self.backward, self.term, self.begin = backward, term, begin
+        self.backward, self.term, self.output_term, self.begin = backward, term, output_term, begin
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What its FLOPs depend on besides the batch: whether it goes back, and which terms it has."""
+        return self.backward, self.term is not None, self.output_term is not None
 
     def __call__(self) -> Tensor:
         with nullcontext() if self.backward else torch.no_grad(), self.begin():
@@ -58,10 +66,14 @@ class Pass:
 
     def _loss(self) -> Tensor:
         if "start_positions" not in self.batch:
-            return self.model(**self.batch).loss
-        # Transformers' own loss would not know that soft prompts shift the positions of the answer.
-        inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
-        return losses("question_answering", self.model(**inputs), self.batch).mean()
+            outputs = self.model(**self.batch)
+            loss = outputs.loss
+        else:
+            # Transformers' own loss would not know that soft prompts shift the positions of the answer.
+            inputs = {name: value for name, value in self.batch.items() if not name.endswith("_positions")}
+            outputs = self.model(**inputs)
+            loss = losses("question_answering", outputs, self.batch).mean()
+        return loss if self.output_term is None else loss + self.output_term(self.batch, outputs)
 
 
 class PartPass:
@@ -71,7 +83,7 @@ class PartPass:
     `first`, unless that is part 0.
     """
 
-    backward = False
+    kind = (False, False, False)
 
     def __init__(
         self, parts: Parts, first: int, last: int, batch: Batch, settings: Training, hidden: Tensor | None

@@ -87,6 +87,7 @@ class Rounds:
         self.queries = 0
         self.cuda_peak = 0
         self._uploaded: weakref.ref[MutableMapping[str, Tensor]] | None = None  # the last one
+        self._loaded: dict[str, _Loaded] = {}  # what the model's parameters still are
 
     def play(self, round: int) -> list[int]:
         """Run the turns of the round's clients and merge their uploads; return the clients."""
@@ -155,12 +156,16 @@ class Rounds:
             return None
         turn = self._make_turn(client, round, received)
         with self.link.depth(client, round) as self.instruments.dropped:
+            segments = self.method.segments(client, round, turn.steps)
             with self._timed("probe"), self._isolated("probe", client, round):
-                turn.probe(self.method.segments(client, round, turn.steps), self.method.train)
+                turn.probe(segments, self.method.train)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             with self._timed("train"), self._isolated("dropout in layers", client, round):
                 self.method.train(turn)
+        # However a method has changed what it trains, it is written anew.
+        for name in {name for segment in segments for name in segment.trainable}:
+            self._loaded.pop(name, None)
         if self.device.type == "cuda":
             self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
         self.flops += turn.flops
@@ -200,11 +205,16 @@ class Rounds:
         )
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Write values of parameters into the resident model; other messages are left out."""
+        """Write values of parameters into the resident model; other messages are left out.
+
+        What was written before and has not changed since is not written again: of a large model most of it.
+        """
         with torch.no_grad():
             for name, value in values.items():
-                if name in self.parameters:
-                    self.parameters[name].copy_(value)
+                parameter = self.parameters.get(name)
+                if parameter is not None and not (name in self._loaded and self._loaded[name].still(value)):
+                    parameter.copy_(value)
+                    self._loaded[name] = _Loaded(value, parameter)
 
     def _isolated(self, purpose: str, client: int, round: int) -> AbstractContextManager[None]:
         return isolated(derive(self.seed, purpose, round, client))
@@ -218,6 +228,23 @@ class Rounds:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.clock[kind] += time.perf_counter() - started
+
+
+class _Loaded:
+    """Remembers which value a parameter was given. PyTorch counts the changes in place of each tensor."""
+
+    def __init__(self, value: Tensor, parameter: Tensor) -> None:
+        self.value, self.parameter = weakref.ref(value), parameter
+        self.was = value._version, parameter._version, parameter.data_ptr()
+
+    def still(self, value: Tensor) -> bool:
+        """Return whether the parameter has this very value, and neither has changed."""
+        parameter = self.parameter
+        return self.value() is value and self.was == (
+            value._version,
+            parameter._version,
+            parameter.data_ptr(),
+        )
 
 
 def _failed(method: Method, round: int, clients: list[int], error: Exception) -> FailedRun:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -22,11 +22,24 @@ from fedlm.exchange import payload
 from fedlm.exchange.declared import Way
 from fedlm.federation.frozen import Frozen, ProbedFrozen
 from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
-from fedlm.federation.passes import Batch, Channel, Crossing, PartPass, Pass, Step, Term, targets, upward
+from fedlm.federation.passes import (
+    Batch,
+    Channel,
+    Crossing,
+    OutputTerm,
+    PartPass,
+    Pass,
+    Step,
+    Term,
+    targets,
+    upward,
+)
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import MemoryTracker
+
+CORRECTION = "correction"  # the kind of work, for the count of FLOPs
 
 
 class TurnError(Exception):
@@ -35,6 +48,14 @@ class TurnError(Exception):
 
 class NotFiniteError(TurnError):
     """A loss or an update that is not finite."""
+
+
+class Doors(NamedTuple):
+    """What a method adds to its clients' training (see `Turn.fit`)."""
+
+    term: Term | None = None
+    correct: Correction | None = None
+    output_term: OutputTerm | None = None
 
 
 def steps_of_turn(
@@ -146,23 +167,37 @@ class Turn:
         return values
 
     def copies(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return copies of the current values, in float32 on the model's device: the method's own memory."""
-        return {
-            name: self._values.get(name, self._parameters[name]).detach().to(torch.float32, copy=True)
-            for name in names
-        }
+        """Return copies of the current values, in float32 on the model's device: the method's own memory.
+
+        Where weights are stored in half precision and were not trained yet, those are the values received.
+        """
+        found = {}
+        for name in names:
+            parameter = self._parameters[name]
+            rounded = parameter.dtype != torch.float32 and name in self.received
+            value = self._values.get(name, self.received[name] if rounded else parameter)
+            found[name] = value.detach().to(parameter.device, torch.float32, copy=True)
+        return found
 
     def keep(self, values: dict[str, Tensor]) -> None:
         """Let the client keep copies of these values for its next turn."""
         self.kept.update({name: snapshot(value) for name, value in values.items()})
 
-    def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
+    def fit(
+        self,
+        segment: Segment,
+        term: Term | None = None,
+        correct: Correction | None = None,
+        output_term: OutputTerm | None = None,
+    ) -> None:
         """Train the segment's parameters for its number of steps; freeze all others.
 
         `term` takes the trained parameters by name and returns a scalar that is added to the loss, once an
-        optimizer step. `correct` takes a parameter's name and its float32 gradient, which it may change, and
-        returns the gradient to use; it is called once an optimizer step, after loss scaling is undone and
-        before clipping.
+        optimizer step. So does `output_term`, which takes a batch and the model's outputs for it, as a
+        distillation loss needs; where a step has several batches, it counts as much as their losses.
+        `correct` takes a parameter's name and its float32 gradient, which it may change, and returns the
+        gradient to use; it is called once an optimizer step, after loss scaling is undone and before
+        clipping. Meanwhile `values` are the present ones, in float32.
 
         Raises NotFiniteError when the loss is not finite, TurnError when a correction has another shape than
         its gradient.
@@ -175,8 +210,9 @@ class Turn:
             optimizer = self._optimizer(segment)
             total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
             self._train_mode(segment)
+            doors = Doors(term, correct, output_term)
             for step in plan:
-                self.losses.append(self._step(step, optimizer, segment, term, correct))
+                self.losses.append(self._step(step, optimizer, segment, doors))
                 total += self.losses[-1]
                 self._done += 1
         loss = float(total) / max(1, len(plan))
@@ -338,11 +374,11 @@ class Turn:
         optimizer = LocalOptimizer(chosen, {**self.received, **self._values}, self.settings)
         if self.moments != "reset":
             optimizer.set_moments(self.kept if self.moments == "client" else self.received)
+        self._values.update(optimizer.values())
         return optimizer
 
     def _keep(self, optimizer: LocalOptimizer) -> None:
-        """Keep what was trained, and the optimizer's state where a later turn continues from it."""
-        self._values.update(optimizer.values())
+        """Keep the optimizer's state where a later turn continues from it."""
         if self.moments != "reset":
             moments = optimizer.moments()
             (self.kept if self.moments == "client" else self._values).update(
@@ -361,23 +397,31 @@ class Turn:
         step: Step,
         optimizer: LocalOptimizer,
         segment: Segment,
-        term: Term | None,
-        correct: Correction | None,
+        doors: Doors,
     ) -> Tensor:
         """Make one optimizer step and return its mean loss."""
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
-        added = None if term is None else lambda: term(optimizer.parameters)
+        added = partial(doors.term, optimizer.parameters) if doors.term else None
         for indices, (batch, share) in zip(step, self._weighted(step), strict=True):
             begin = self._frozen.begin(segment, indices, batch, self._run_part)
-            work = Pass(self.model, batch, self.settings, share, term=added, begin=begin)
+            work = Pass(self.model, batch, self.settings, share, True, added, doors.output_term, begin)
             loss += self._pass(segment.trainable, work)
         factor = rate_factor(*self._progress(), self.settings)
         self.total_rate += factor * self.settings.learning_rate
         try:
-            optimizer.step(factor, correct)
+            self._update(segment.trainable, optimizer, factor, doors.correct)
         except ValueError as error:
             raise TurnError(str(error)) from error
         return loss
+
+    def _update(
+        self, trained: Sequence[str], optimizer: LocalOptimizer, factor: float, correct: Correction | None
+    ) -> None:
+        work = partial(optimizer.step, factor, correct)
+        if correct is None:
+            return work()
+        self.flops += self._instruments.count(trained, {}, work, CORRECTION)[1]
+        return None
 
     def _weighted(self, step: Step) -> Iterator[tuple[Batch, float]]:
         """Yield the batches of a step, each with its share of the step's mean loss."""
@@ -399,7 +443,7 @@ class Turn:
         return channel(way, arrived, self._passes) if channel else arrived
 
     def _pass(self, trained: Sequence[str], work: Pass | PartPass) -> Tensor:
-        result, flops = self._instruments.count(trained, work.batch, work, work.backward)
+        result, flops = self._instruments.count(trained, work.batch, work, work.kind)
         self.flops += flops
         return result
 
@@ -419,7 +463,13 @@ class _ProbingTurn(Turn):
         self._frozen = ProbedFrozen(turn._frozen, tracker)
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
-    def fit(self, segment: Segment, term: Term | None = None, correct: Correction | None = None) -> None:
+    def fit(
+        self,
+        segment: Segment,
+        term: Term | None = None,
+        correct: Correction | None = None,
+        output_term: OutputTerm | None = None,
+    ) -> None:
         if self._is_target(segment):
             self.met = True
             self.tracker.mark_live("method")
@@ -429,7 +479,7 @@ class _ProbingTurn(Turn):
                 optimizer.make_state()
             self.tracker.mark(optimizer.state(), "optimizer")
             self._train_mode(segment)
-            self._step(self.largest_step(), optimizer, segment, term, correct)
+            self._step(self.largest_step(), optimizer, segment, Doors(term, correct, output_term))
         self._done += segment.steps
 
     def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
@@ -463,7 +513,12 @@ class _ProbingTurn(Turn):
     def _pass(self, trained: Sequence[str], work: Pass | PartPass) -> Tensor:
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             return work()  # the counter would keep the activations of layers that are recomputed
-        return self._instruments.look(trained, work.batch, work, work.backward)
+        return self._instruments.look(trained, work.batch, work, work.kind)
+
+    def _update(
+        self, trained: Sequence[str], optimizer: LocalOptimizer, factor: float, correct: Correction | None
+    ) -> None:
+        optimizer.step(factor, correct)
 
 
 def snapshot(tensor: Tensor) -> Tensor:

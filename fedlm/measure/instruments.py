@@ -1,9 +1,9 @@
 """The instruments of a run: FLOPs of every pass, memory of a probe step."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,13 +12,16 @@ from torch.nn import Module
 from fedlm.measure.flops import flop_counter
 from fedlm.measure.memory import Memory, MemoryTracker, measure
 
+Result = TypeVar("Result")
+
 
 class Instruments:
     """Counts FLOPs once for each shape of work, and measures memory for each segment's largest step.
 
-    FLOPs depend only on which parameters are trained, on the batch's shape, on whether a backward pass
-    follows, on the layers that the client's copy lacks (`dropped`) and on its width, which follows from its
-    `level`. So PyTorch's counter runs over the first pass of each shape, and its result is reused.
+    FLOPs depend only on which parameters are trained, on the batch's shape, on the `kind` of work (a pass
+    with or without a way back and a method's terms; a correction of gradients), on the layers that the
+    client's copy lacks (`dropped`) and on its width, which follows from its `level`. So PyTorch's counter
+    runs over the first work of each shape, and its result is reused.
     """
 
     def __init__(self) -> None:
@@ -32,11 +35,11 @@ class Instruments:
         self,
         trained: Sequence[str],
         batch: dict[str, Tensor],
-        work: Callable[[], Tensor],
-        backward: bool = True,
-    ) -> tuple[Tensor, int]:
-        """Run `work` and return its result and the FLOPs of its pass."""
-        key = self._shape(trained, batch, backward)
+        work: Callable[[], Result],
+        kind: Hashable,
+    ) -> tuple[Result, int]:
+        """Run `work` and return its result and its FLOPs."""
+        key = self._shape(trained, batch, kind)
         if key in self._flops:
             return work(), self._flops[key]
         with flop_counter() as counter:
@@ -49,29 +52,29 @@ class Instruments:
         trained: Sequence[str],
         batch: dict[str, Tensor],
         work: Callable[[], Tensor],
-        backward: bool = True,
+        kind: Hashable,
     ) -> Tensor:
         """Run `work` under a memory tracker: nothing is counted, except where counting is free.
 
         On fake tensors, where the pass is slow but counting costs little, FLOPs are counted as well.
         """
         fake = isinstance(next(iter(batch.values())), FakeTensor)
-        return self.count(trained, batch, work, backward)[0] if fake else work()
+        return self.count(trained, batch, work, kind)[0] if fake else work()
 
     def flops_of(
         self,
         trained: Sequence[str],
         batch: dict[str, Tensor],
-        work: Callable[[], Tensor],
-        backward: bool = True,
+        work: Callable[[], object],
+        kind: Hashable,
     ) -> int:
         """Return the FLOPs of `work`, which is run only if no work of its shape was run before."""
-        key = self._shape(trained, batch, backward)
-        return self._flops[key] if key in self._flops else self.count(trained, batch, work, backward)[1]
+        key = self._shape(trained, batch, kind)
+        return self._flops[key] if key in self._flops else self.count(trained, batch, work, kind)[1]
 
-    def _shape(self, trained: Sequence[str], batch: dict[str, Tensor], backward: bool) -> tuple:
+    def _shape(self, trained: Sequence[str], batch: dict[str, Tensor], kind: Hashable) -> tuple:
         shapes = ((name, value.shape) for name, value in batch.items())
-        return (hash(tuple(trained)), backward, self.dropped, self.level, *shapes)
+        return (hash(tuple(trained)), kind, self.dropped, self.level, *shapes)
 
     def knows_memory(self, label: str, trained: Sequence[str], size: int) -> bool:
         """Return whether a step as large that trains the same was measured under this label."""
