@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import test_tuning
 import tiny_study  # noqa: F401  (puts the repository on the path)
 
 from fedlm.base.errors import UserError
+from fedlm.costs.claimed import write_claimed
 from fedlm.jobs import collecting, record, reports, running, tracked, tuning, verification
 from fedlm.jobs.folders import Folders
 from fedlm.results import findings
@@ -111,19 +113,37 @@ def test_what_is_missing_or_no_record_is_named(made):
     assert any(re.match(rf"{re.escape(str(folders.record(RUN)))}: not a record", line) for line in found)
 
 
-def test_the_cheapest_runs_are_repeated_and_some_at_random(tmp_path):
+def test_the_cheapest_run_of_each_method_is_repeated_and_some_at_random(tmp_path):
     rows = {"fedavg": None, "head_only": None}
     study = load(test_tuning.study_of(tmp_path, methods=rows, seeds=list(range(1, 9))))
     folders = Folders("study", tmp_path)
     for number, run in enumerate(study.runs()):
         record.write(folders.record(run), {"wall_seconds": 100 - number})
     found = verification.chosen_runs(study, folders, cheapest=3, drawn=2, seed=5)
-    runs = list(study.runs())
-    assert found[:3] == [folders.record(run) for run in reversed(runs[-3:])]
-    assert len(set(found)) == 5
+    assert found[:2] == [folders.record(Run("films", "iid", method, 8)) for method in ("head_only", "fedavg")]
+    assert len(set(found)) == 4
     assert found == verification.chosen_runs(study, folders, cheapest=3, drawn=2, seed=5)
-    drawn = {path for seed in range(20) for path in verification.chosen_runs(study, folders, 3, 2, seed)[3:]}
+    assert verification.chosen_runs(study, folders, cheapest=1, drawn=0, seed=5) == found[:1]
+    drawn = {path for seed in range(20) for path in verification.chosen_runs(study, folders, 3, 2, seed)[2:]}
     assert len(drawn) > 8
+
+
+@pytest.mark.slow
+def test_predicted_costs_are_predicted_again(made, tmp_path, monkeypatch):
+    """The verdicts that rest on them would otherwise rest on a file that anyone can edit."""
+    study, folders = made
+    claims = tmp_path / "claims.yaml"
+    rule = "{kind: predicted, model: minilm, of: fedlora, quantity: turn_flops, at_most: 1}"
+    claims.write_text(f"systems: [{{name: A, reference: b, claims: [{{claim: Less., rule: {rule}}}]}}]")
+    again = partial(write_claimed, path=claims)
+    monkeypatch.setattr(verification, "write_claimed", again)
+    predicted = folders.root / "costs" / "claims.csv"
+    again(predicted)
+    collecting.collect(study, folders)
+
+    predicted.write_text(predicted.read_text().replace("FedLoRA", "FedLora"))
+    found = list(verification.differences(study, folders, tmp_path / "figures"))
+    assert f"{predicted}: not what the prediction gives" in found
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlm.base.errors import UserError
+from fedlm.costs.claimed import write_claimed
 from fedlm.jobs import collecting, reports, rerun, tuning
 from fedlm.jobs.folders import Folders
 from fedlm.jobs.outdated import other_settings
@@ -76,7 +77,7 @@ def differences(study: Study, folders: Folders, figures: Path, findings: Path | 
     """Yield one line for each table, figure and compiled file that the records do not give again.
 
     All are made a second time, in a temporary folder, and compared with those in the study's folder and in
-    `figures`, and the findings with this file.
+    `figures`, and the findings with this file. Costs that claims name are predicted a second time.
     """
     with tempfile.TemporaryDirectory(prefix="fedlm-verify-") as aside:
         again = reports.with_linked_records(study, folders, Path(aside))
@@ -86,6 +87,9 @@ def differences(study: Study, folders: Folders, figures: Path, findings: Path | 
         drawn = reports.draw_figures(study, again, Path(aside) / "figures")
         pairs += [(path, figures / path.name) for path in drawn]
         pairs.append((reports.write_explorer(study, again), folders.root / "explorer.html"))
+        if (predicted := folders.root / "costs" / "claims.csv").exists():
+            write_claimed(Path(aside) / "claims.csv")
+            pairs.append((Path(aside) / "claims.csv", predicted))
         if findings is not None:
             reports.write_findings(study, again, again.root / "findings.md")
             pairs.append((again.root / "findings.md", findings))
@@ -93,18 +97,27 @@ def differences(study: Study, folders: Folders, figures: Path, findings: Path | 
             if not kept.exists():
                 yield f"{kept}: missing; the records give it"
             elif made.read_bytes() != kept.read_bytes():
-                yield f"{kept}: not what the records give"
+                yield f"{kept}: not what the {'records give' if kept != predicted else 'prediction gives'}"
 
 
 def chosen_runs(study: Study, folders: Folders, cheapest: int, drawn: int, seed: int | None) -> list[Path]:
-    """Return the records of the cheapest runs by seconds, and of others drawn at random.
+    """Return the records of the cheapest runs by seconds, of each method one, and of others drawn at random.
 
-    Without a seed the draw cannot be foreseen.
+    Otherwise all of the cheapest would be of a control that trains nothing. Without a seed the draw cannot be
+    foreseen.
     """
-    paths = [folders.record(run) for run in study.runs() if folders.record(run).exists()]
-    paths.sort(key=lambda path: (json.loads(path.read_text())["wall_seconds"], str(path)))
-    first, rest = paths[:cheapest], paths[cheapest:]
-    return first + random.Random(seed).sample(rest, min(drawn, len(rest)))
+    seconds = {
+        run: json.loads(folders.record(run).read_text())["wall_seconds"]
+        for run in study.runs()
+        if folders.record(run).exists()
+    }
+    best: dict[str, Run] = {}
+    for run in sorted(seconds, key=lambda run: (seconds[run], run)):
+        best.setdefault(run.method, run)
+    first = [*best.values()][:cheapest]
+    rest = [run for run in seconds if run not in first]
+    chosen = first + random.Random(seed).sample(rest, min(drawn, len(rest)))
+    return [folders.record(run) for run in chosen]
 
 
 def repeats(path: Path, log: Callable[[str], None]) -> bool:

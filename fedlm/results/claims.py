@@ -18,7 +18,7 @@ from fedlm.base.settings import Settings
 from fedlm.results.cells import CELL
 from fedlm.results.ranking import families, on_all_partitions
 from fedlm.results.scene import Scene
-from fedlm.results.statistics import compare_cells
+from fedlm.results.statistics import Comparison, compare_cells
 from fedlm.results.typeset import Table, significant
 from fedlm.study.yaml_files import read_settings
 
@@ -32,6 +32,7 @@ class ScoreRule(Settings):
     """A difference of test scores, paired by seed within each cell.
 
     Supported if its 95% interval lies at or above the margin, contradicted if it lies below, else undecided.
+    Where a lower score is better, as of a loss, there are no points: only a margin of 0 can be judged.
     """
 
     kind: Literal["score"]
@@ -184,14 +185,17 @@ def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
     runs = runs[runs["method"].isin([rule.of, rule.against])]
     even = runs["scheme"].isin(EVEN)
     runs = {"all": runs, "even": runs[even], "skewed": runs[~even]}[rule.partitions]
-    scores = [family for family in families(runs) if family.greater] if len(runs) else []
-    if len(runs) and not scores:
-        return _open(UNTESTABLE, "the study's scores are no shares of right answers, and have no points")
+    scores = families(runs) if len(runs) else []
     if not scores or not {rule.of, rule.against} <= set(scores[0].scores):
         return _open(UNTESTABLE, f"the study has no cell of both with {rule.partitions} partitions")
-    differences = scores[0].differences(rule.of, rule.against)
+    family = scores[0]
+    if not family.greater and rule.at_least != 0:
+        return _open(UNTESTABLE, "the study's scores are no shares of right answers, and have no points")
+    differences = family.differences(rule.of, rule.against)
     found = compare_cells(differences)
     where = f"{_cells(differences)}, {found.n} pairs"
+    if not family.greater:
+        return _judge_lower(found, family.name, where)
     if not math.isfinite(found.low):
         equal = min(map(len, differences), default=0) > 1
         reason = "no spread between seeds" if equal else "too few pairs for an interval"
@@ -206,6 +210,17 @@ def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
         verdict = CONTRADICTED
     text = f"{found.difference:+.1f} points ({found.low:+.1f} to {found.high:+.1f}); {where}"
     return Verdict(verdict, found.difference, found.low, found.high, text)
+
+
+def _judge_lower(found: Comparison, metric: str, where: str) -> Verdict:
+    """Judge whether a metric that is better if lower is lower."""
+    values = found.difference, found.low, found.high
+    if not math.isfinite(found.low):
+        text = f"{metric} {found.difference:+.3f}; {where}; no interval"
+        return Verdict(UNDECIDED if found.n else UNTESTABLE, *values, text)
+    verdict = SUPPORTED if found.high <= 0 else CONTRADICTED if found.low > 0 else UNDECIDED
+    low, high = f"{found.low:+.3f}", f"{found.high:+.3f}"
+    return Verdict(verdict, *values, f"{metric} {found.difference:+.3f} ({low} to {high}); {where}")
 
 
 def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
@@ -316,7 +331,8 @@ def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: 
         "interval of a t-test over cells and seeds: supported if it lies at or above the margin, "
         "contradicted if below, else undecided. Ratios of costs: supported if within the limit in every "
         "cell, contradicted if in none. Exact: predicted costs of a turn, equal to the byte to those of a "
-        "run. Even partitions are IID; all others are skewed. A verdict holds for the models and data of "
+        "run. Even partitions are IID; all others count as skewed, natural ones too, whose labels may hardly "
+        "be. A verdict holds for the models and data of "
         "this study and not for those of the paper.",
         *(f"{system.name}: {system.note}" for system in read_claims(path) if system.note),
         *scene.notes(),
