@@ -523,6 +523,19 @@ def test_a_fault_is_one_line_and_costs_nothing_that_was_finished(fault, message,
     assert final(mended) == final(ran("fedavg", place, **options))
 
 
+def test_a_fault_stops_a_prediction_in_one_line(place, padded):  # noqa: F811
+    class Wrong(FedAvg):
+        name = title = "wrong"
+
+        def train(self, turn):
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(segment, correct=lambda name, gradient: gradient[:1])
+
+    run = worlds.federation(Wrong, place)
+    with pytest.raises(UserError, match=r"method wrong: the correction of \S+ has shape \(1, 16\)"):
+        predicted(run, place)
+
+
 class Hoarding(FedAvg):
     """Holds all uploads of a round before it merges them, and those of the round before."""
 

@@ -19,6 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fedlm.base.errors import UserError
 from fedlm.data.task import Kind
 from fedlm.exchange import payload
 from fedlm.federation.frozen import first_visits
@@ -29,7 +30,7 @@ from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
-from fedlm.federation.turn import CORRECTION, Doors, Turn
+from fedlm.federation.turn import CORRECTION, Doors, Turn, TurnError
 from fedlm.measure.flops import flop_counter
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.memory import KINDS, Memory, older_objects_set_aside
@@ -380,7 +381,7 @@ def predict(
             the last); between them costs are interpolated. None measures all.
 
     Raises:
-        UserError: the model cannot be found, or the method does not suit it.
+        UserError: the model cannot be found, or the method does not suit it or cannot train.
     """
     parts = method.population(parts)
 
@@ -398,14 +399,17 @@ def predict(
         rehearsals.append(run)
         return built
 
-    with fake_model(model, kind, num_labels, rehearse), older_objects_set_aside():
-        (run,) = rehearsals
-        recorded = run.work
-        instances = {work: instance for work, (_, instance) in recorded.largest.items()}
-        memory = _measure(instances, lambda work, one: asdict(run.memory_of(one)), positions)
-        flops = _measure(
-            recorded.where, lambda work, one: {"flops": run.flops_of(one, work.what[0])}, positions
-        )
+    try:
+        with fake_model(model, kind, num_labels, rehearse), older_objects_set_aside():
+            (run,) = rehearsals
+            recorded = run.work
+            instances = {work: instance for work, (_, instance) in recorded.largest.items()}
+            memory = _measure(instances, lambda work, one: asdict(run.memory_of(one)), positions)
+            flops = _measure(
+                recorded.where, lambda work, one: {"flops": run.flops_of(one, work.what[0])}, positions
+            )
+    except TurnError as error:
+        raise UserError(f"method {method.name}: {error}") from error
     by_label: dict[str, Memory] = {}
     for work, found in memory.items():
         kinds = {name: round(found[name]) for name in KINDS}
