@@ -29,6 +29,7 @@ from fedlm.federation import budgets
 from fedlm.federation.link import Link
 from fedlm.federation.method import Method
 from fedlm.federation.passes import Batch
+from fedlm.federation.resident import Resident
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Server, Upload
@@ -69,6 +70,7 @@ class Rounds:
         if federation.budgets and method.levels() > 1:
             method.level = budgets.fit(method, model, parts, make_batch, federation.budgets, training)
         self.parameters = dict(model.named_parameters())
+        self._resident = Resident(self.parameters)
         stays = device is None or device.type == "cpu"
         initial = {name: _first_value(self.parameters[name], stays) for name in method.exchanged}
         if device is not None:
@@ -87,7 +89,6 @@ class Rounds:
         self.queries = 0
         self.cuda_peak = 0
         self._uploaded: weakref.ref[MutableMapping[str, Tensor]] | None = None  # the last one
-        self._loaded: dict[str, _Loaded] = {}  # what the model's parameters still are
 
     def play(self, round: int) -> list[int]:
         """Run the turns of the round's clients and merge their uploads; return the clients."""
@@ -163,9 +164,7 @@ class Rounds:
                 torch.cuda.reset_peak_memory_stats()
             with self._timed("train"), self._isolated("dropout in layers", client, round):
                 self.method.train(turn)
-        # However a method has changed what it trains, it is written anew.
-        for name in {name for segment in segments for name in segment.trainable}:
-            self._loaded.pop(name, None)
+        self._resident.forget(name for segment in segments for name in segment.trainable)
         if self.device.type == "cuda":
             self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
         self.flops += turn.flops
@@ -205,16 +204,8 @@ class Rounds:
         )
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Write values of parameters into the resident model; other messages are left out.
-
-        What was written before and has not changed since is not written again: of a large model most of it.
-        """
-        with torch.no_grad():
-            for name, value in values.items():
-                parameter = self.parameters.get(name)
-                if parameter is not None and not (name in self._loaded and self._loaded[name].still(value)):
-                    parameter.copy_(value)
-                    self._loaded[name] = _Loaded(value, parameter)
+        """Write values of parameters into the resident model; other messages are left out."""
+        self._resident.load(values)
 
     def _isolated(self, purpose: str, client: int, round: int) -> AbstractContextManager[None]:
         return isolated(derive(self.seed, purpose, round, client))
@@ -228,23 +219,6 @@ class Rounds:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.clock[kind] += time.perf_counter() - started
-
-
-class _Loaded:
-    """Remembers which value a parameter was given. PyTorch counts the changes in place of each tensor."""
-
-    def __init__(self, value: Tensor, parameter: Tensor) -> None:
-        self.value, self.parameter = weakref.ref(value), parameter
-        self.was = value._version, parameter._version, parameter.data_ptr()
-
-    def still(self, value: Tensor) -> bool:
-        """Return whether the parameter has this very value, and neither has changed."""
-        parameter = self.parameter
-        return self.value() is value and self.was == (
-            value._version,
-            parameter._version,
-            parameter.data_ptr(),
-        )
 
 
 def _failed(method: Method, round: int, clients: list[int], error: Exception) -> FailedRun:

@@ -1,0 +1,48 @@
+"""The parameters of the resident model, which serves all clients one after the other."""
+
+import weakref
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Resident:
+    """Writes values into parameters, but none that is there already: of a large model that is most of them.
+
+    PyTorch counts the changes in place of each tensor, but for those made through `.data`.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._written: dict[str, _Written] = {}
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Write values of parameters; other messages are left out."""
+        with torch.no_grad():
+            for name, value in values.items():
+                parameter = self.parameters.get(name)
+                if parameter is None or (name in self._written and self._written[name].is_still(value)):
+                    continue
+                parameter.copy_(value)
+                self._written[name] = _Written(value, parameter)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Write these the next time whatever they seem to be: for parameters that a method has trained."""
+        for name in names:
+            self._written.pop(name, None)
+
+
+class _Written:
+    """Remembers which value a parameter was given."""
+
+    def __init__(self, value: Tensor, parameter: Tensor) -> None:
+        self._value, self._parameter = weakref.ref(value), parameter
+        self._was = self._state(value)
+
+    def is_still(self, value: Tensor) -> bool:
+        """Return whether the parameter was given this very value, and neither has changed since."""
+        return self._value() is value and self._was == self._state(value)
+
+    def _state(self, value: Tensor) -> tuple[int, int, int]:
+        return value._version, self._parameter._version, self._parameter.data_ptr()
