@@ -32,7 +32,7 @@ results/$(STUDY)/report.html: $(wildcard results/$(STUDY)/pages/* figures/$(STUD
 verify: setup
 	@$(RUN) -m fedlm verify config/benchmark.yaml --findings docs/findings.md
 	@$(RUN) -m fedlm verify config/benchmark-llm.yaml --findings docs/findings-language-model.md \
-	    --cheapest 0 --drawn 0
+	    --cheapest 0 --drawn 0 --no-predict
 
 costs: setup
 	@$(RUN) -m fedlm costs

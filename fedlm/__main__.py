@@ -256,6 +256,7 @@ def verify(
     cheapest: Annotated[int, typer.Option(min=0, help="How many of the cheapest runs to repeat.")] = 5,
     drawn: Annotated[int, typer.Option(min=0, help="How many others to repeat, drawn at random.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw. [a new one each time]")] = None,
+    predict: Annotated[bool, typer.Option(help="Predict the costs of claims, too: minutes.")] = True,
 ) -> None:
     """Check a study's records: unchanged, following from the study, giving its tables, repeatable.
 
@@ -267,7 +268,7 @@ def verify(
     folders = _folders(study, results)
     faults = [
         *verification.faults(study, folders),
-        *verification.differences(study, folders, figures / study.study, findings),
+        *verification.differences(study, folders, figures / study.study, findings, predict),
     ]
     for line in faults:
         print(line)

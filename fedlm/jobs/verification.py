@@ -73,11 +73,14 @@ def _faults_of(found: dict[str, Any], study: Study, run: Run, folders: Folders) 
         yield "a trial has test scores"
 
 
-def differences(study: Study, folders: Folders, figures: Path, findings: Path | None = None) -> Iterator[str]:
+def differences(
+    study: Study, folders: Folders, figures: Path, findings: Path | None = None, predict: bool = True
+) -> Iterator[str]:
     """Yield one line for each table, figure and compiled file that the records do not give again.
 
     All are made a second time, in a temporary folder, and compared with those in the study's folder and in
-    `figures`, and the findings with this file. Costs that claims name are predicted a second time.
+    `figures`, and the findings with this file. With `predict`, so are the costs that claims name, which takes
+    minutes.
     """
     with tempfile.TemporaryDirectory(prefix="fedlm-verify-") as aside:
         again = reports.with_linked_records(study, folders, Path(aside))
@@ -87,7 +90,8 @@ def differences(study: Study, folders: Folders, figures: Path, findings: Path | 
         drawn = reports.draw_figures(study, again, Path(aside) / "figures")
         pairs += [(path, figures / path.name) for path in drawn]
         pairs.append((reports.write_explorer(study, again), folders.root / "explorer.html"))
-        if (predicted := folders.root / "costs" / "claims.csv").exists():
+        predicted = folders.root / "costs" / "claims.csv"
+        if predict and predicted.exists():
             write_claimed(Path(aside) / "claims.csv")
             pairs.append((Path(aside) / "claims.csv", predicted))
         if findings is not None:
