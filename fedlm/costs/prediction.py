@@ -24,8 +24,8 @@ from fedlm.data.task import Kind
 from fedlm.exchange import payload
 from fedlm.federation.frozen import first_visits
 from fedlm.federation.method import Method
-from fedlm.federation.optimizer import Correction, state_of
-from fedlm.federation.passes import Batch, Channel, OutputTerm, PartPass, Pass, Step, Term, precision, upward
+from fedlm.federation.optimizer import state_of
+from fedlm.federation.passes import Batch, Channel, PartPass, Pass, Step, precision, upward
 from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Federation as FederationConfig
 from fedlm.federation.settings import Training
@@ -116,13 +116,7 @@ class _RecordedTurn(Turn):
                 step = self.largest_step()
                 self._work.probe(_Instance(self, segment, step), self.size(step))
 
-    def fit(
-        self,
-        segment: Segment,
-        term: Term | None = None,
-        correct: Correction | None = None,
-        output_term: OutputTerm | None = None,
-    ) -> None:
+    def _fit(self, segment: Segment, doors: Doors) -> None:
         if not segment.trainable or not segment.steps:
             return
         plan = self._plan[self._done : self._done + segment.steps]
@@ -130,8 +124,8 @@ class _RecordedTurn(Turn):
             for indices in first_visits(plan):
                 self._record(segment, [indices], FORWARD)
         for step in plan:
-            self._record(segment, step, (True, term is not None, output_term is not None))
-            if correct is not None:
+            self._record(segment, step, (True, doors.term is not None, doors.output_term is not None))
+            if doors.correct is not None:
                 self._work.work(_Instance(self, segment, step), {}, CORRECTION)
             self._done += 1
         if self.moments != "reset":
@@ -181,16 +175,10 @@ class _DoorsTurn(Turn):
         super().__init__(**arguments)
         self._instance, self._kind = instance, kind
 
-    def fit(
-        self,
-        segment: Segment,
-        term: Term | None = None,
-        correct: Correction | None = None,
-        output_term: OutputTerm | None = None,
-    ) -> None:
+    def _fit(self, segment: Segment, doors: Doors) -> None:
         if not self.flops and segment.trainable == self._instance.segment.trainable:
             self._freeze_all_but(segment)
-            self._add(Doors(term, correct, output_term), {n: self._parameters[n] for n in segment.trainable})
+            self._add(doors, {name: self._parameters[name] for name in segment.trainable})
         self._done += segment.steps
 
     def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:

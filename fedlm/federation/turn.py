@@ -202,6 +202,9 @@ class Turn:
         Raises NotFiniteError when the loss is not finite, TurnError when a correction has another shape than
         its gradient.
         """
+        self._fit(segment, Doors(term, correct, output_term))
+
+    def _fit(self, segment: Segment, doors: Doors) -> None:
         if not segment.trainable or not segment.steps:
             return
         plan = self._plan[self._done : self._done + segment.steps]
@@ -210,7 +213,6 @@ class Turn:
             optimizer = self._optimizer(segment)
             total = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
             self._train_mode(segment)
-            doors = Doors(term, correct, output_term)
             for step in plan:
                 self.losses.append(self._step(step, optimizer, segment, doors))
                 total += self.losses[-1]
@@ -463,13 +465,7 @@ class _ProbingTurn(Turn):
         self._frozen = ProbedFrozen(turn._frozen, tracker)
         tracker.expect([*self.received.values(), *self.kept.values()], "method")
 
-    def fit(
-        self,
-        segment: Segment,
-        term: Term | None = None,
-        correct: Correction | None = None,
-        output_term: OutputTerm | None = None,
-    ) -> None:
+    def _fit(self, segment: Segment, doors: Doors) -> None:
         if self._is_target(segment):
             self.met = True
             self.tracker.mark_live("method")
@@ -479,7 +475,7 @@ class _ProbingTurn(Turn):
                 optimizer.make_state()
             self.tracker.mark(optimizer.state(), "optimizer")
             self._train_mode(segment)
-            self._step(self.largest_step(), optimizer, segment, Doors(term, correct, output_term))
+            self._step(self.largest_step(), optimizer, segment, doors)
         self._done += segment.steps
 
     def evaluate(self, segment: Segment, values: dict[str, Tensor] | None = None, begin: int = 0) -> float:
