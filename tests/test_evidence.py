@@ -599,6 +599,16 @@ def test_predicted_costs_are_exact(study):
     more = PREDICTED[:1].assign(settings='{"cache": "pretrained"}', turn_download_bytes=20.0)
     assert judge(pruned, scene, pandas.concat([PREDICTED, more]))[:2] == (claims.SUPPORTED, 0.2)
     assert judge(upload, scene, PREDICTED[:1]).text == "no costs of fedavg on m"
+    dense = rule(
+        **{**keys, "against": "fedcybgd"},
+        against_settings={"cache": "pretrained"},
+        quantity="turn_download_bytes",
+        at_most=4,
+    )
+    assert judge(dense, scene, PREDICTED).verdict == claims.UNTESTABLE
+    assert judge(dense, scene, pandas.concat([PREDICTED, more]))[:2] == (claims.CONTRADICTED, 4.5)
+    text = 'over FedCyBGD with {"cache": "pretrained"} on m: at most 4'
+    assert claims.limit_text(dense, scene).endswith(text)
 
 
 def test_the_table_of_claims_holds_every_claim_and_counts_the_verdicts(study):

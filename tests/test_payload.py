@@ -116,6 +116,23 @@ def test_what_is_received_is_shared_or_owned():
     assert shared["a"].sum() == 6 and owned["a"].sum() == 3 and owned["n"].sum() == 2
 
 
+@pytest.mark.parametrize("precision", payload.PRECISIONS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_are_rounded_where_they_are_used(precision, transposed):
+    tensor = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    tensor = tensor.T if transposed else tensor
+    rounded = tensor.to(payload.PRECISIONS[precision]).float().clone()
+    assert torch.equal(rounded, tensor) == (precision == "float32")
+    message = encode({"w": tensor}, precision)
+    assert message.parts["w"].tensor.data_ptr() == tensor.data_ptr()
+    received, own = payload.receive(message, {"w": tensor}), payload.receive(message, {"w": tensor})
+    assert torch.equal(decode(bytes(message), {"w": tensor})["w"], rounded)
+    assert torch.equal(received.view("w"), rounded) and torch.equal(dict(received.sent())["w"], rounded)
+    own.own_all()
+    tensor.zero_()
+    assert torch.equal(own["w"], rounded) and not received["w"].any()
+
+
 @given(entries)
 @example({"*": (torch.float32, ())})  # the name that tensors laid together have as well
 def test_a_payload_without_values_has_the_same_length_and_shapes(described):

@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -176,29 +177,41 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).flatten()[:elements].view(shape).bool()
 
 
-def _parts(tensors: Mapping[str, Sendable], precision: torch.dtype) -> dict[str, Tensor]:
-    parts: dict[str, Tensor] = {}
+class Part(NamedTuple):
+    """A part of a payload: values in the sender's memory, and the type in which they are sent."""
+
+    tensor: Tensor
+    kind: torch.dtype
+
+    def sent(self) -> Tensor:
+        """Return the values as they are sent: a copy, or the sender's memory where that is the same."""
+        return self.tensor.to(self.kind).contiguous()
+
+
+def _parts(tensors: Mapping[str, Sendable], precision: torch.dtype) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
     for name, value in tensors.items():
         stored = {name: value} if isinstance(value, Tensor) else value.parts(name)
         for part, tensor in stored.items():
             keep = not tensor.is_floating_point() or part.endswith("#scale")
-            tensor = tensor.detach() if keep else tensor.detach().to(precision)
-            parts[part] = tensor.contiguous()
+            parts[part] = Part(tensor.detach(), tensor.dtype if keep else precision)
     return parts
 
 
 class Message:
-    """An encoded payload: a header and the stored parts, which share the tensors' memory.
+    """An encoded payload: a header and the parts, which share the tensors' memory.
 
     `len(message)` is the traffic, `bytes(message)` the safetensors file. An empty payload is no message at
-    all and has 0 bytes.
+    all and has 0 bytes. Values in another precision than the sender's are converted where they are used, one
+    tensor at a time, so that a message in half precision takes no memory either.
     """
 
-    def __init__(self, parts: dict[str, Tensor]) -> None:
+    def __init__(self, parts: dict[str, Part]) -> None:
         self.parts = parts
-        order, header = _layout((name, part.dtype, tuple(part.shape)) for name, part in parts.items())
+        order, header = _layout((name, part.kind, tuple(part.tensor.shape)) for name, part in parts.items())
         self._order, self._header = order, header if parts else b""
-        self._length = len(self._header) + sum(part.nbytes for part in parts.values())
+        data = sum(part.kind.itemsize * part.tensor.numel() for part in parts.values())
+        self._length = len(self._header) + data
 
     def __len__(self) -> int:
         return self._length
@@ -207,7 +220,7 @@ class Message:
         """Yield the bytes in order, tensor by tensor."""
         yield self._header
         for name in self._order:
-            yield self.parts[name].cpu().flatten().view(torch.uint8).numpy().data
+            yield self.parts[name].sent().cpu().flatten().view(torch.uint8).numpy().data
 
     def __bytes__(self) -> bytes:
         return b"".join(self.chunks())
@@ -221,7 +234,7 @@ class Message:
 
 
 def encode(tensors: Mapping[str, Sendable], precision: str = "float32") -> Message:
-    """Return the payload of these tensors; it shares their memory where they are sent unchanged."""
+    """Return the payload of these tensors, which shares their memory."""
     return Message(_parts(tensors, PRECISIONS[precision]))
 
 
@@ -278,17 +291,19 @@ def _layout(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tupl
 class Received(MutableMapping[str, Tensor]):
     """The tensors of a payload, by name, each with memory of its own from when it is first asked for.
 
-    Until then the values that were sent unchanged are in the sender's memory: before that is written to,
-    `own_all` must be called.
+    Until then the values of dense tensors are in the sender's memory: before that is written to, `own_all`
+    must be called.
     """
 
-    def __init__(self, shared: dict[str, tuple[Tensor, torch.dtype]], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, shared: dict[str, tuple[Part, torch.dtype]], tensors: dict[str, Tensor]) -> None:
         self._shared, self._own = shared, tensors
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._shared:
-            value, kind = self._shared[name]
-            self._own[name] = value.to(_host(value), kind, copy=True)
+            value = self.view(name)
+            if value.data_ptr() == self._shared[name][0].tensor.data_ptr():
+                value = value.clone()
+            self._own[name] = value
             del self._shared[name]
         return self._own[name]
 
@@ -296,13 +311,14 @@ class Received(MutableMapping[str, Tensor]):
         """Return a tensor that must not be written to, and is read before the sender's memory changes."""
         if name not in self._shared:
             return self._own[name]
-        value, kind = self._shared[name]
+        part, kind = self._shared[name]
+        value = part.sent()
         return value.to(_host(value), kind)
 
     def sent(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors where they are, in the form in which they were sent; not to be written to."""
+        """Yield the tensors where they are, in the type in which they were sent; not to be written to."""
         for name in self:
-            yield name, self._shared[name][0] if name in self._shared else self._own[name]
+            yield name, self._shared[name][0].sent() if name in self._shared else self._own[name]
 
     def own_all(self) -> None:
         """Give all tensors memory of their own."""
@@ -340,7 +356,7 @@ def decode(
 
     `expected` holds, for each name that may occur, a tensor of the right shape and type, or the declaration
     of one that is sent dense; values come back in that type, on the CPU. With `own` they have memory of their
-    own; without, values that were sent unchanged share the sender's, and must not be written to. `known` is
+    own; without, values that were sent as they are share the sender's, and must not be written to. `known` is
     what the receiver has already of the tensors that arrive as a change or in part (see `changed`), in the
     order in which they were laid.
 
@@ -364,13 +380,17 @@ def receive(
     if not message:
         return Received({}, {})
     parts = message.parts if isinstance(message, Message) else _read(message)
-    shared: dict[str, tuple[Tensor, torch.dtype]] = {}
+    shared: dict[str, tuple[Part, torch.dtype]] = {}
     tensors: dict[str, Tensor] = {}
     known = known or {}
-    for part, value in parts.items():
+
+    def sent(part: str) -> Tensor | None:
+        return parts[part].sent() if part in parts else None
+
+    for part, held in parts.items():
         name, _, kind = part.partition("#")
         if name == TOGETHER and kind == "chosen":
-            tensors |= _sparse(parts.get("*#bits"), parts.get("*#indices"), value, known)
+            tensors |= _sparse(sent("*#bits"), sent("*#indices"), held.sent(), known)
             continue
         if name == TOGETHER and kind in ("bits", "indices"):
             if "*#chosen" not in parts:
@@ -380,35 +400,36 @@ def receive(
             raise PayloadError(f"unknown tensor {name[:100]!r}")
         like = expected[name]
         if not kind:
-            _require_alike(name, value, like)
-            shared[name] = value, like.dtype
+            _require_alike(name, held, like)
+            shared[name] = held, like.dtype
         elif isinstance(like, Declared):
             raise PayloadError(f"{name}: in a reduced form; expected {like}")
         elif kind == "mask":
-            tensors[name] = _pruned(name, value, parts.get(f"{name}#values"), like)
+            tensors[name] = _pruned(name, held.sent(), sent(f"{name}#values"), like)
         elif kind == "int8":
-            tensors[name] = _quantized(name, value, parts.get(f"{name}#scale"), like)
+            tensors[name] = _quantized(name, held.sent(), sent(f"{name}#scale"), like)
         elif kind == "left" and name in known:
-            tensors[name] = _low_rank(name, value, parts.get(f"{name}#right"), known[name])
+            tensors[name] = _low_rank(name, held.sent(), sent(f"{name}#right"), known[name])
         elif f"{name}#{ {'values': 'mask', 'scale': 'int8', 'right': 'left'}.get(kind, '') }" not in parts:
             raise PayloadError(f"{name}: stray part {kind[:40]!r}")
     return Received(shared, tensors)
 
 
-def _require_alike(name: str, value: Tensor, like: Tensor | Declared) -> None:
-    """Raise PayloadError unless the value has the shape and the type; any floating type is as good."""
-    same_length = len(value.shape) == len(like.shape)
-    lengths = zip(value.shape, like.shape, strict=False)
+def _require_alike(name: str, part: Part, like: Tensor | Declared) -> None:
+    """Raise PayloadError unless the part has the shape and the type; any floating type is as good."""
+    shape, kind = part.tensor.shape, part.kind
+    same_length = len(shape) == len(like.shape)
+    lengths = zip(shape, like.shape, strict=False)
     if not same_length or any(expected not in (found, None) for found, expected in lengths):
         expected = like if isinstance(like, Declared) else tuple(like.shape)
-        raise PayloadError(f"{name}: shape {tuple(value.shape)}; expected {expected}")
-    if value.dtype != like.dtype and not (value.is_floating_point() and like.dtype.is_floating_point):
-        raise PayloadError(f"{name}: type {value.dtype}; expected {like.dtype}")
+        raise PayloadError(f"{name}: shape {tuple(shape)}; expected {expected}")
+    if kind != like.dtype and not (kind.is_floating_point and like.dtype.is_floating_point):
+        raise PayloadError(f"{name}: type {kind}; expected {like.dtype}")
 
 
-def _read(message: bytes) -> dict[str, Tensor]:
+def _read(message: bytes) -> dict[str, Part]:
     try:
-        return load(message)
+        return {name: Part(value, value.dtype) for name, value in load(message).items()}
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise PayloadError(f"not a payload: {str(error)[:200]}") from error
 

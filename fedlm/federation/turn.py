@@ -441,7 +441,7 @@ class Turn:
         if self._crossed.get(way) != self._passes:
             self._crossed[way] = self._passes
             self.exchanged[way] += len(message)
-        arrived = message.parts["activation" if way == "up" else "gradient"].to(value.dtype)
+        arrived = message.parts["activation" if way == "up" else "gradient"].sent().to(value.dtype)
         return channel(way, arrived, self._passes) if channel else arrived
 
     def _pass(self, trained: Sequence[str], work: Pass | PartPass) -> Tensor:

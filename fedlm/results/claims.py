@@ -63,7 +63,8 @@ class PredictedRule(Settings):
     model: str = Field(description="label of a model")
     of: str = Field(description="name of a method")
     settings: dict[str, Any] = Field({}, description="its settings, where not the defaults")
-    against: str | None = Field(None, description="name of a method, with its defaults")
+    against: str | None = Field(None, description="name of a method")
+    against_settings: dict[str, Any] = Field({}, description="its settings, where not the defaults")
     quantity: Literal[
         "turn_upload_bytes", "turn_download_bytes", "turn_flops", "peak_memory_bytes", "parameters"
     ]
@@ -150,9 +151,14 @@ def to_predict(systems: list[System]) -> list[Needed]:
 
 def _needed(rule: PredictedRule) -> list[Needed]:
     """Return what the rule compares: `of`, and `against` where there is one."""
-    settings = json.dumps(rule.settings, sort_keys=True) if rule.settings else ""
-    found = [Needed(rule.model, rule.of, settings)]
-    return [*found, Needed(rule.model, rule.against, "")] if rule.against else found
+    found = [Needed(rule.model, rule.of, _as_text(rule.settings))]
+    if rule.against:
+        found.append(Needed(rule.model, rule.against, _as_text(rule.against_settings)))
+    return found
+
+
+def _as_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True) if settings else ""
 
 
 def judge(rule: Rule, scene: Scene, predicted: pandas.DataFrame | None = None) -> Verdict:
@@ -278,7 +284,9 @@ def limit_text(rule: Rule, scene: Scene) -> str:
     quantity = quantity.replace("peak memory bytes", "peak memory").replace("flops", "FLOPs")
     turn = " a turn" if "turn_" in rule.quantity else ""
     if isinstance(rule, PredictedRule) and rule.settings:
-        of += f" with {json.dumps(rule.settings, sort_keys=True)}"
+        of += f" with {_as_text(rule.settings)}"
+    if isinstance(rule, PredictedRule) and rule.against_settings:
+        against += f" with {_as_text(rule.against_settings)}"
     on = f" on {rule.model}" if rule.model else ""
     if rule.quantity == "parameters":
         return f"parameters of {rule.model}: at most {rule.at_most:,.0f}"
