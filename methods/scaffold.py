@@ -71,13 +71,14 @@ class Scaffold(Method):
     def train(self, turn: Turn) -> None:
         if not self.config.corrected:
             return super().train(turn)
-        own = self._own_controls(turn)
+        # On the device once a turn, not once a step.
+        device = next(turn.model.parameters()).device
+        own = {name: control.to(device) for name, control in self._own_controls(turn).items()}
+        mean = {name: turn.received[name].to(device) for name in own}
 
         def correct(name: str, gradient: Tensor) -> Tensor:
             control = f"{name}@control"
-            return gradient.add_(turn.received[control].to(gradient.device)).sub_(
-                own[control].to(gradient.device)
-            )
+            return gradient.add_(mean[control]).sub_(own[control])
 
         for segment in self.segments(turn.client, turn.round, turn.steps):
             turn.fit(segment, correct=correct)

@@ -138,6 +138,12 @@ def test_prediction_is_measurement_under_every_lever(options, place, padded):
     agree(run, predicted(run, place, options.get("model")))
 
 
+def test_prediction_is_measurement_where_batches_weigh_by_their_targets(place, padded):
+    """A language model's batches have unequal numbers of targets, which only the labels' values tell."""
+    run = ran("fedcybgd", place, family="gpt2", kind="causal", training={"accumulation": 2, "batch_size": 2})
+    agree(run, predicted(run, place, family="gpt2"))
+
+
 def test_the_peak_is_that_of_the_costliest_round(place, padded):
     """RoLoRA trains B, which needs A(x), and then A, which needs the layer's input: many more activations."""
     settings = {"variant": "rolora", "rank": 1, "targets": ["query", "value"]}

@@ -14,7 +14,6 @@ from fedlm.exchange.declared import Way
 from fedlm.federation.scoring import Batch, losses
 from fedlm.federation.settings import Training
 from fedlm.models.config import Kind
-from fedlm.models.fake import has_values
 from fedlm.models.parts import Parts
 
 Step = list[numpy.ndarray]  # indices of the examples of each forward pass of one optimizer step
@@ -39,7 +38,7 @@ class Pass:
         model: Module,
         batch: Batch,
         settings: Training,
-        share: float = 1.0,
+        share: float | Tensor = 1.0,
         backward: bool = True,
         term: Callable[[], Tensor] | None = None,
         output_term: OutputTerm | None = None,
@@ -139,16 +138,17 @@ class GivenBatches:
         return batch
 
 
-def targets(batch: Batch) -> int:
-    """Return how many values the batch's mean loss is a mean of; 1 where labels have no values."""
+def targets(batch: Batch) -> int | Tensor:
+    """Return how many values the batch's mean loss is a mean of, at least 1.
+
+    Where that depends on the labels' values, it is a tensor, so that nothing waits for the device.
+    """
     labels = batch.get("labels")
     if labels is None:
         return len(next(iter(batch.values())))
     if labels.is_floating_point() or labels.dim() == 1:
         return len(labels)
-    if not has_values(labels):
-        return 1
-    return max(1, int((labels[:, 1:] != IGNORED).sum()))
+    return (labels[:, 1:] != IGNORED).sum().clamp(min=1)
 
 
 class Crossing(torch.autograd.Function):

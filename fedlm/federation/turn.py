@@ -425,13 +425,13 @@ class Turn:
         self.flops += self._instruments.count(trained, {}, work, CORRECTION)[1]
         return None
 
-    def _weighted(self, step: Step) -> Iterator[tuple[Batch, float]]:
+    def _weighted(self, step: Step) -> Iterator[tuple[Batch, float | Tensor]]:
         """Yield the batches of a step, each with its share of the step's mean loss."""
         batches = [self._make_batch(indices) for indices in step]
-        counts = [targets(batch) for batch in batches] if len(batches) > 1 else [1]
+        counts = list(map(targets, batches)) if len(batches) > 1 else [1]
         for batch, count in zip(batches, counts, strict=True):
             self._passes, self._batch = self._passes + 1, batch
-            yield batch, count / max(1, sum(counts))
+            yield batch, count / sum(counts)
         self._batch = {}  # or it would count as memory of what follows
 
     def _send(self, way: Way, value: Tensor, channel: Channel | None) -> Tensor:
