@@ -750,6 +750,12 @@ def test_a_method_that_loses_everywhere_is_the_first_line(tabled, tmp_path):
     main.to_csv(tmp_path / "main.csv", index=False)
     first, *_ = findings.write_up(tmp_path, "made_up").splitlines()
     assert first.startswith("**FedCyBGD and FedLoRA lose everywhere")
+    assert "worse than the best competitor by more than 1 point (" in first
+    losses = main.assign(greater_is_better=False, metric="loss")
+    losses["test_score_mean"] = losses["method"].map({"fedcybgd": 2.0, "fedavg": 2.01}).fillna(2.03)
+    losses.to_csv(tmp_path / "main.csv", index=False)
+    first, *_ = findings.write_up(tmp_path, "made_up").splitlines()
+    assert first.startswith("**FedLoRA loses everywhere") and "by more than 1% of the loss" in first
     for method, score in {"fedcybgd": 0.96, "fedavg": 0.955, "fedlora": 0.953}.items():
         main.loc[main["method"] == method, "test_score_mean"] = score
     main.to_csv(tmp_path / "main.csv", index=False)

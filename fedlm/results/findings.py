@@ -15,7 +15,7 @@ from fedlm.results.typeset import significant
 
 TEMPLATE = Path(__file__).with_suffix(".md.j2")
 NEEDED = ("main", "ranking", "cost_to_target", "quality", "tuning", "claims")
-NEAR = 1.0  # points below the best competitor that still count as close
+NEAR = 1.0  # points below the best competitor, or percent above its loss, that still count as close
 AGAINST = "fedavg"  # costs are given as multiples of this method's
 COSTS = ("peak_memory_bytes", "upload_bytes", "download_bytes", "flops")
 
@@ -48,10 +48,12 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     main, claims, quality = frames["main"], frames["claims"], frames["quality"]
     costs = frames.get("cost_to_target")
     competitors = main[~main["control"]]
-    scored = competitors[competitors["greater_is_better"].astype(str) == "True"]
+    greater = competitors["greater_is_better"].astype(str) == "True"
+    scored = competitors[greater]
     cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
     titles = dict(zip(main["method"], main["title"], strict=True))
-    gaps = _gaps(scored)
+    gaps = _gaps(competitors.assign(greater=greater))
+    margins = {f"{NEAR:g} point": greater.any(), f"{NEAR:g}% of the loss": not greater.all()}
     judged = {system: own.to_dict("records") for system, own in claims.groupby("system", sort=False)}
     return {
         "tasks": list(dict.fromkeys(main["task"])),
@@ -64,6 +66,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "failed": int(frames["tuning"].groupby(["task", "method"])["failed"].first().sum()),
         "losers": [titles[method] for method in gaps if (gaps[method] > NEAR).all()],
         "near": NEAR,
+        "margin": " or ".join(margin for margin, has in margins.items() if has),
         "ranking": frames["ranking"].to_dict("records"),
         "groups": _groups(frames["ranking"]),
         "winners": _winners(scored, titles),
@@ -88,10 +91,14 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     }
 
 
-def _gaps(scored: pandas.DataFrame) -> pandas.DataFrame:
-    scores = scored.pivot(index=["task", "partition"], columns="method", values="test_score_mean") * 100
+def _gaps(competitors: pandas.DataFrame) -> pandas.DataFrame:
+    """Return how much worse than the best each method is in each cell: in points, or in percent of a loss."""
+    cells = {}
+    for (greater, *cell), own in competitors.groupby(["greater", "task", "partition"], sort=False):
+        scores = own.set_index("method")["test_score_mean"]
+        cells[tuple(cell)] = (scores.max() - scores if greater else scores / scores.min() - 1) * 100
     # Only methods that have every cell can lose everywhere.
-    return scores.rsub(scores.max(axis=1), axis=0).dropna(axis=1).round(9)
+    return pandas.DataFrame(cells).T.dropna(axis=1).round(9)
 
 
 def _groups(ranking: pandas.DataFrame) -> list[str]:
