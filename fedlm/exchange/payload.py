@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -203,12 +203,14 @@ class Message:
 
     `len(message)` is the traffic, `bytes(message)` the safetensors file. An empty payload is no message at
     all and has 0 bytes. Values in another precision than the sender's are converted where they are used, one
-    tensor at a time, so that a message in half precision takes no memory either.
+    tensor at a time, so that a message in half precision takes no memory either. `metadata` are texts for the
+    file's header; what crosses the network has none.
     """
 
-    def __init__(self, parts: dict[str, Part]) -> None:
+    def __init__(self, parts: dict[str, Part], metadata: dict[str, str] | None = None) -> None:
         self.parts = parts
-        order, header = _layout((name, part.kind, tuple(part.tensor.shape)) for name, part in parts.items())
+        entries = ((name, part.kind, tuple(part.tensor.shape)) for name, part in parts.items())
+        order, header = _layout(entries, metadata)
         self._order, self._header = order, header if parts else b""
         data = sum(part.kind.itemsize * part.tensor.numel() for part in parts.values())
         self._length = len(self._header) + data
@@ -271,14 +273,17 @@ def size_of(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
     return len(_layout(entries)[1]) + data
 
 
-def _layout(entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[str], bytes]:
+def _layout(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[list[str], bytes]:
     """Return the order of the tensors and the header of a safetensors file.
 
     The format (huggingface/safetensors, "Format"): 8 bytes of header length, a JSON header padded with spaces
     to a multiple of 8, the data. Tensors are ordered by type, then by name.
     """
     order = sorted(entries, key=lambda entry: (_ORDER[entry[1]], entry[0]))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
     for name, kind, shape in order:
         end = offset + kind.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": _CODES[kind], "shape": list(shape), "data_offsets": [offset, end]}

@@ -19,10 +19,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fedlm.base.files import remove_unfinished, sha256, write_atomically
+from fedlm.exchange.payload import Message, Part
 from fedlm.federation import stored
 from fedlm.federation.stored import Store, Stored
 
@@ -113,9 +114,10 @@ class Checkpoints:
         header = {"fingerprint": self.fingerprint, "round": round, "aliases": aliases, "state": plain}
         header["stored"] = referred
         written[_PLAIN] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-        content = save(written, metadata={"files": json.dumps(files)})
+        parts = {name: Part(value, value.dtype) for name, value in written.items()}
+        content = Message(parts, {"files": json.dumps(files)})
         self.store.pinned.update(files)
-        write_atomically(self._path(round), f"{sha256(content)}\n".encode(), content)
+        write_atomically(self._path(round), f"{content.sha256()}\n".encode(), *content.chunks())
         # By number, not by age: what another configuration left here may count further than this run.
         own = (self._path(round), self._previous)
         self._previous, self._last = self._path(round), time.monotonic()
