@@ -17,6 +17,7 @@ from fedlm.exchange import payload
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Batches
 from fedlm.federation.optimizer import LocalOptimizer
+from fedlm.federation.passes import targets
 from fedlm.federation.settings import Training
 
 pytestmark = [
@@ -122,6 +123,17 @@ def test_neither_a_batch_nor_an_update_waits_for_the_device(place):
             torch.cuda.set_sync_debug_mode("default")
     assert batch["input_ids"].device.type == "cuda"
     assert all(parameter.isfinite().all() for parameter in parameters.values())
+
+
+def test_batches_of_a_language_model_are_weighed_on_the_device(place):
+    run = federation("fedavg", place, family="gpt2", kind="causal")
+    batch = Batches(run.data, run.device)(numpy.arange(4))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        count = targets(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert count.device.type == "cuda" and int(count) == int((batch["labels"][:, 1:] >= 0).sum())
 
 
 def test_the_first_values_stay_on_the_cpu(place):

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlm.base.errors import FailedRun
+from fedlm.data.prepared import Prepared
 from fedlm.exchange import payload
 from fedlm.federation.loop import Federation
 from fedlm.federation.method import Method, MethodConfig, Upload, weighted_mean
 from fedlm.federation.optimizer import rate_factor
+from fedlm.federation.passes import targets
 from fedlm.federation.rounds import Rounds
 from fedlm.federation.settings import Training
 from fedlm.federation.turn import steps_of_turn
@@ -225,6 +227,32 @@ def test_gradient_accumulation_is_the_larger_batch(place):
     one, other = worlds.values(large), worlds.values(small)
     assert all(numpy.allclose(one[n], other[n], atol=2e-3) for n in one if "key.bias" not in n)
     assert small.rounds[0]["train_loss"] == pytest.approx(large.rounds[0]["train_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_accumulated_batches_of_a_language_model_weigh_by_their_targets(place, monkeypatch):
+    """The gradient is that of the mean over all targets, though the batches have unequal numbers of them."""
+    batch = Prepared.batch
+
+    def with_fewer_targets(data, indices):
+        made = batch(data, indices)
+        for row in numpy.flatnonzero(numpy.asarray(indices) % 2):
+            made["labels"][row, (made["labels"][row] >= 0).nonzero()[0]] = -100
+        return made
+
+    monkeypatch.setattr(Prepared, "batch", with_fewer_targets)
+    sgd = {"optimizer": "sgd", "learning_rate": 0.1, "local_steps": 1}
+    found = []
+    for sizes in ({"batch_size": 4}, {"batch_size": 1, "accumulation": 4}):
+        options = {"scheme": {"scheme": "pooled"}, "family": "gpt2", "kind": "causal", "rounds": 1}
+        run = worlds.federation("fedavg", place, training={**sgd, **sizes}, **options)
+        counts = {int(targets(run.make_batch(run.parts[0][row : row + 1]))) for row in range(8)}
+        run.run()
+        found.append((worlds.values(run), run.rounds[0]["train_loss"]))
+    assert len(counts) > 1
+    (large, loss), (small, other) = found
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert all(numpy.allclose(large[name], small[name], atol=1e-6) for name in large)
 
 
 def test_local_steps_replace_epochs():
