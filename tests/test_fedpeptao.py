@@ -109,8 +109,8 @@ def test_layers_that_were_not_chosen_are_never_in_a_payload(place):
     watched = Watched(place, rounds=3, layers=CHOSEN)
     for way, values in ((watched.down, watched.start), (watched.up, watched.end)):
         for turn, message in way.items():
-            floats = [part for part in message.parts.values() if part.is_floating_point()]
-            numbers = torch.cat([part.flatten() for part in floats])
+            sent = [part.sent().flatten() for part in message.parts.values()]
+            numbers = torch.cat([part for part in sent if part.is_floating_point()])
             assert not torch.isin(layers(values[turn], OTHER), numbers).any()
             assert torch.isin(layers(values[turn], CHOSEN), numbers).all()
 
@@ -122,7 +122,7 @@ def test_messages_hold_the_chosen_share_of_the_prefix_the_head_and_what_is_decla
     one_layer = torch.empty(TOKENS, run.method.shapes[run.method.prefix][1] // DEPTH)
     for (round, _), message in watched.up.items():
         if round == 1:
-            assert [(part.dtype, part.shape) for part in message.parts.values()] == [
+            assert [(part.kind, part.tensor.shape) for part in message.parts.values()] == [
                 (torch.float32, (DEPTH - 1,))
             ]
         else:
@@ -297,7 +297,7 @@ def test_the_layers_of_the_highest_scores_are_chosen_weighted_by_examples(place)
         with torch.no_grad():
             states = run.model.eval()(**batch, output_hidden_states=True).hidden_states[1:DEPTH]
         scores = torch.stack([layer_score(state) for state in states])
-        sent = watched.up[1, client].parts[run.method.scores]
+        sent = watched.up[1, client].parts[run.method.scores].sent()
         torch.testing.assert_close(sent.double() / 1e-5, scores, rtol=1e-4, atol=0)
         total += len(part) * scores
     expected = [*total.argsort(descending=True).tolist(), DEPTH - 1]

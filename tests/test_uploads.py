@@ -150,7 +150,7 @@ def test_the_papers_sizes():
     assert [rule.rank_of(s) for s in ((768, 768), (768, 3072), (2, 768), (768,))] == [4, 4, None, None]
     assert rule.rank_of((80, 80)) is None and rule.rank_of((80, 81)) == 4  # strictly more than 10
     outgoing = Outgoing({"w": torch.ones(768, 3072)}, {"w": torch.zeros(768, 3072)}, {}, rule, 1)
-    assert sum(part.numel() for part in encode(outgoing.sent).parts.values()) == 4 * (768 + 3072)
+    assert sum(part.nbytes for part in encode(outgoing.sent).parts.values()) == 4 * 4 * (768 + 3072)
 
 
 KNOWN = {"a": torch.zeros(4, 8), "b": torch.zeros(8)}

@@ -183,6 +183,11 @@ class Part(NamedTuple):
     tensor: Tensor
     kind: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes that are sent."""
+        return self.kind.itemsize * self.tensor.numel()
+
     def sent(self) -> Tensor:
         """Return the values as they are sent: a copy, or the sender's memory where that is the same."""
         return self.tensor.to(self.kind).contiguous()
@@ -212,8 +217,7 @@ class Message:
         entries = ((name, part.kind, tuple(part.tensor.shape)) for name, part in parts.items())
         order, header = _layout(entries, metadata)
         self._order, self._header = order, header if parts else b""
-        data = sum(part.kind.itemsize * part.tensor.numel() for part in parts.values())
-        self._length = len(self._header) + data
+        self._length = len(self._header) + sum(part.nbytes for part in parts.values())
 
     def __len__(self) -> int:
         return self._length
