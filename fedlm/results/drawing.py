@@ -48,6 +48,8 @@ SETTINGS = {
     "grid.color": "#e4e4e4",
     "hatch.linewidth": 0.4,
     "pdf.fonttype": 42,
+    # The layout measures letters at the figure's own resolution: at another they are wider or narrower.
+    "figure.dpi": 220,
     "savefig.dpi": 220,
     "text.usetex": False,
 }
