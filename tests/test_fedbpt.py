@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers
 import worlds
+from test_methods import TINY
 
 from fedlm.base.errors import UserError
 from fedlm.federation.settings import Training
@@ -18,7 +19,7 @@ from fedlm.study.plugins import discover_methods
 from methods.fedbpt import _strategy, recombination, step_size
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"dimensions": 6, "tokens": 4, "population": 3, "iterations": 2}
+SMALL = TINY["fedbpt"]
 
 
 def build(place, **settings):

@@ -10,6 +10,7 @@ import time
 import forked
 import pytest
 import tiny_study
+from test_methods import TINY
 from tqdm import tqdm
 
 from fedlm.jobs import running
@@ -22,11 +23,7 @@ RELATIVES = {
     "keeping": {"method": "fedcybgd", "moments": "client", "cache": "last_visit", "order": "random"},
     "personal": {"method": "fedlora", "variant": "fedsa"},
 }
-SMALL = {
-    "fedbpt": {"dimensions": 6, "tokens": 4, "population": 3, "iterations": 2},
-    "fedprompt": {"tokens": 4},
-}
-METHODS = {name: SMALL.get(name) for name in discover_methods()} | RELATIVES
+METHODS = {name: TINY.get(name) for name in discover_methods()} | RELATIVES
 FEDERATION = {"clients": 2, "rounds": 4, "participation": 0.7, "dropout_rate": 0.2}
 # What no two runs have in common: times, and the hash of a content that holds them.
 TIMES = {"seconds", "train_seconds", "wall_seconds", "resident_set_bytes", "content_sha256"}

@@ -283,16 +283,18 @@ def limit_text(rule: Rule, scene: Scene) -> str:
     quantity = rule.quantity.replace("turn_", "").replace("_bytes", " bytes").replace("_", " ")
     quantity = quantity.replace("peak memory bytes", "peak memory").replace("flops", "FLOPs")
     turn = " a turn" if "turn_" in rule.quantity else ""
-    if isinstance(rule, PredictedRule) and rule.settings:
-        of += f" with {_as_text(rule.settings)}"
-    if isinstance(rule, PredictedRule) and rule.against_settings:
-        against += f" with {_as_text(rule.against_settings)}"
+    if isinstance(rule, PredictedRule):
+        of, against = of + _with(rule.settings), against + _with(rule.against_settings)
     on = f" on {rule.model}" if rule.model else ""
     if rule.quantity == "parameters":
         return f"parameters of {rule.model}: at most {rule.at_most:,.0f}"
     if not against:
         return f"{quantity}{turn} of {of}{on}: at most {rule.at_most:,.0f}"
     return f"{quantity}{turn} of {of} over {against}{on}: at most {rule.at_most:g}"
+
+
+def _with(settings: dict[str, Any]) -> str:
+    return f" with {_as_text(settings)}" if settings else ""
 
 
 def _titles_of_methods() -> dict[str, str]:

@@ -47,12 +47,13 @@ def write_up(tables: Path, study: str, has: Collection[str] = NEEDED) -> str:
 def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     main, claims, quality = frames["main"], frames["claims"], frames["quality"]
     costs = frames.get("cost_to_target")
+    main["greater_is_better"] = main["greater_is_better"].astype(str) == "True"
     competitors = main[~main["control"]]
-    greater = competitors["greater_is_better"].astype(str) == "True"
+    greater = competitors["greater_is_better"]
     scored = competitors[greater]
     cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
     titles = dict(zip(main["method"], main["title"], strict=True))
-    gaps = _gaps(competitors.assign(greater=greater))
+    gaps = _gaps(competitors)
     margins = {f"{NEAR:g} point": greater.any(), f"{NEAR:g}% of the loss": not greater.all()}
     judged = {system: own.to_dict("records") for system, own in claims.groupby("system", sort=False)}
     return {
@@ -94,7 +95,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
 def _gaps(competitors: pandas.DataFrame) -> pandas.DataFrame:
     """Return how much worse than the best each method is in each cell: in points, or in percent of a loss."""
     cells = {}
-    for (greater, *cell), own in competitors.groupby(["greater", "task", "partition"], sort=False):
+    for (greater, *cell), own in competitors.groupby(["greater_is_better", "task", "partition"], sort=False):
         scores = own.set_index("method")["test_score_mean"]
         cells[tuple(cell)] = (scores.max() - scores if greater else scores / scores.min() - 1) * 100
     # Only methods that have every cell can lose everywhere.
