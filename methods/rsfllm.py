@@ -122,9 +122,9 @@ class RSFLLM(Method):
             super().train(turn)
 
     def upload(self, turn: Turn) -> dict[str, Tensor]:
-        from fedlm.federation.turn import snapshot
+        from fedlm.federation.turn import snapshots
 
-        self._trained = {name: snapshot(value) for name, value in turn.values(self.at_server).items()}
+        self._trained = snapshots(turn.values(self.at_server))
         if self.config.variant == "v2":
             self._part = self._trained
         return turn.values(self.at_client)

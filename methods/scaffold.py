@@ -71,10 +71,12 @@ class Scaffold(Method):
     def train(self, turn: Turn) -> None:
         if not self.config.corrected:
             return super().train(turn)
+        from fedlm.exchange.staging import to_device
+
         # On the device once a turn, not once a step.
         device = next(turn.model.parameters()).device
-        own = {name: control.to(device) for name, control in self._own_controls(turn).items()}
-        mean = {name: turn.received[name].to(device) for name in own}
+        own = to_device(self._own_controls(turn), device)
+        mean = to_device({name: turn.received[name] for name in own}, device)
 
         def correct(name: str, gradient: Tensor) -> Tensor:
             control = f"{name}@control"
@@ -85,13 +87,15 @@ class Scaffold(Method):
         return None
 
     def upload(self, turn: Turn) -> dict[str, Tensor]:
-        values = super().upload(turn)
+        from fedlm.exchange.staging import to_host
+
+        values = to_host(super().upload(turn))
         if not self.config.corrected:
             return values
         own, changes = self._own_controls(turn), {}
         for name in self.trainable(turn.client, turn.round):
             control = f"{name}@control"
-            moved = turn.received[name] - values[name].to(turn.received[name].device)
+            moved = turn.received[name] - values[name]
             changes[control] = moved / turn.total_rate - turn.received[control]
             turn.keep({control: own[control] + changes[control]})
         return {**values, **changes}

@@ -12,8 +12,9 @@ import torch
 import worlds
 from test_methods import CASES, IDS, defaults
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-from fedlm.exchange import payload
+from fedlm.exchange import payload, staging
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Batches
 from fedlm.federation.optimizer import LocalOptimizer
@@ -134,6 +135,38 @@ def test_batches_of_a_language_model_are_weighed_on_the_device(place):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert count.device.type == "cuda" and int(count) == int((batch["labels"][:, 1:] >= 0).sum())
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedlora"])
+def test_payloads_cross_in_few_copies_from_and_to_locked_memory(method, place):
+    run = federation(method, place, **defaults(method, {}))
+    values = {name: value + 1 for name, value in run.server.initial.items()}
+    run.load(run.server.initial)  # the first time memory is still being allocated
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as downloading:
+        run.load(values)
+        torch.cuda.synchronize()
+    message = payload.encode({name: run.parameters[name] for name in values})
+    with profile(activities=activities) as uploading:
+        received = payload.receive(message, values)
+        received.own_all()
+    assert all(torch.equal(received[name], value) for name, value in values.items())
+    assert len(values) > 4 and len(message) < staging.ROOM
+    for found, way in ((downloading, "HtoD"), (uploading, "DtoH")):
+        copies = [event.name for event in found.events() if way in event.name]
+        assert len(copies) == 1 and "Pinned" in copies[0]
+
+
+def test_a_download_does_not_wait_for_the_device(place):
+    run = federation("fedavg", place)
+    run.load({name: value + 1 for name, value in run.server.initial.items()})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.load(run.server.initial)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in run.server.initial.items():
+        assert torch.equal(run.parameters[name].detach().cpu(), value)
 
 
 def test_the_first_values_stay_on_the_cpu(place):

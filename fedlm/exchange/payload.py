@@ -16,6 +16,7 @@ each stored as parts whose names end in `#<part>`:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from fedlm.exchange import staging
 from fedlm.exchange.declared import Declared
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,7 +135,7 @@ class Sparse:
             places = torch.empty(shape, dtype=dtype, device="meta")
             return {f"{name}#{kind}": places, f"{name}#chosen": torch.empty(self.kept, device="meta")}
         places = pack(self.mask) if kind == "bits" else self.mask.nonzero().flatten().to(dtype)
-        flat = torch.cat([value.detach().cpu().flatten() for value in self.tensors.values()])
+        flat = torch.cat([value.flatten() for value in staging.to_host(self.tensors).values()])
         return {f"{name}#{kind}": places, f"{name}#chosen": flat[self.mask]}
 
     def positions(self) -> tuple[str, torch.dtype, tuple[int]]:
@@ -301,11 +303,12 @@ class Received(MutableMapping[str, Tensor]):
     """The tensors of a payload, by name, each with memory of its own from when it is first asked for.
 
     Until then the values of dense tensors are in the sender's memory: before that is written to, `own_all`
-    must be called.
+    must be called. From a GPU they come several at a time, in their order (see `staging`).
     """
 
     def __init__(self, shared: dict[str, tuple[Part, torch.dtype]], tensors: dict[str, Tensor]) -> None:
         self._shared, self._own = shared, tensors
+        self._fetched: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._shared:
@@ -314,6 +317,7 @@ class Received(MutableMapping[str, Tensor]):
                 value = value.clone()
             self._own[name] = value
             del self._shared[name]
+            self._fetched.pop(name, None)
         return self._own[name]
 
     def view(self, name: str) -> Tensor:
@@ -321,8 +325,23 @@ class Received(MutableMapping[str, Tensor]):
         if name not in self._shared:
             return self._own[name]
         part, kind = self._shared[name]
-        value = part.sent()
-        return value.to(_host(value), kind)
+        if not staging.is_away(part.tensor):
+            return part.sent().to(kind)
+        if name not in self._fetched:
+            self._fetched = staging.to_host(self._next(name))
+        return self._fetched[name].to(kind)
+
+    def _next(self, first: str) -> dict[str, Tensor]:
+        """Return the tensors from this one on, as they are sent, that fit a buffer together; at least one."""
+        found: dict[str, Tensor] = {}
+        room = staging.ROOM
+        for name in itertools.dropwhile(lambda name: name != first, self._shared):
+            part, _ = self._shared[name]
+            room -= part.nbytes
+            if found and room < 0:
+                break
+            found[name] = part.sent()
+        return found
 
     def sent(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors where they are, in the type in which they were sent; not to be written to."""
@@ -349,10 +368,6 @@ class Received(MutableMapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shared) + len(self._own)
-
-
-def _host(tensor: Tensor) -> torch.device:
-    return tensor.device if tensor.is_meta else torch.device("cpu")
 
 
 def decode(

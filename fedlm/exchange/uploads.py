@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlm.base.randomness import torch_stream
-from fedlm.exchange import payload
+from fedlm.exchange import payload, staging
 from fedlm.exchange.compression import LowRankUpload, SparseUpload
 from fedlm.exchange.payload import TOGETHER, LowRank, Sendable, Sparse
 
@@ -56,12 +56,15 @@ class Outgoing:
 
     def _wanted(self, values: Mapping[str, Sendable]) -> dict[str, Tensor]:
         """Return the values that the server should have: the client's, and what earlier messages lacked."""
-        wanted = {}
-        for name, value in values.items():
-            if isinstance(value, Tensor) and "@" not in name and name in self.received:
-                value = _on_host(value)
-                rest = self.kept.get(f"{name}@rest")
-                wanted[name] = value if rest is None else value + rest
+        trained = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor) and "@" not in name and name in self.received
+        }
+        wanted = staging.to_host(trained)
+        for name in wanted:
+            if (rest := self.kept.get(f"{name}@rest")) is not None:
+                wanted[name] = wanted[name] + rest
         return wanted
 
     def _factors(self, name: str, value: Tensor, settings: LowRankUpload) -> Sendable:
@@ -79,7 +82,7 @@ class Outgoing:
 
 def sparse(values: Mapping[str, Tensor], received: Mapping[str, Tensor], settings: SparseUpload) -> Sparse:
     """Return the elements of the values that changed most, in one ranking over all tensors."""
-    values = {name: _on_host(value) for name, value in values.items()}
+    values = staging.to_host(values)
     changes = [value - received[name] for name, value in values.items()]
     count = settings.count(sum(change.numel() for change in changes))
     return Sparse(values, largest(changes, count), count)
@@ -113,7 +116,3 @@ def power_iteration(change: Tensor, right: Tensor, iterations: int) -> LowRank:
         left = torch.linalg.qr(change @ right).Q
         right = change.T @ left
     return LowRank(left, right.to(change.device))
-
-
-def _on_host(value: Tensor) -> Tensor:
-    return value.detach() if value.is_meta else value.detach().cpu()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fedlm.exchange import staging
 from fedlm.federation.settings import Training
 
 Correction = Callable[[str, Tensor], Tensor]
@@ -43,10 +44,11 @@ class LocalOptimizer:
         self.settings = settings
         self.parameters = parameters
         self.masters = {
-            name: received.get(name, value).detach().to(value.device, torch.float32, copy=True)
+            name: torch.empty_like(value, dtype=torch.float32, requires_grad=False)
             for name, value in parameters.items()
             if value.dtype != torch.float32
         }
+        staging.write((master, received.get(name, parameters[name])) for name, master in self.masters.items())
         updated = [self.masters.get(name, value) for name, value in parameters.items()]
         if settings.optimizer == "adamw":
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -136,15 +138,19 @@ class LocalOptimizer:
 
     def set_moments(self, moments: dict[str, Tensor]) -> None:
         """Continue from the state that `moments` returned."""
-        for name, parameter in self.parameters.items():
-            updated = self.masters.get(name, parameter)
-            keys = [key for key in (*MOMENTS, "step") if f"{name}@{key}" in moments]
-            if keys:
-                state = {}
-                for key in keys:
-                    value = moments[f"{name}@{key}"].detach()
-                    state[key] = value.to(updated.device, torch.float32, copy=True)
+        pairs = []
+        for name, updated in self.values().items():
+            found = {
+                key: moments[f"{name}@{key}"] for key in (*MOMENTS, "step") if f"{name}@{key}" in moments
+            }
+            state = {
+                key: torch.empty_like(value, dtype=torch.float32, device=updated.device)
+                for key, value in found.items()
+            }
+            if state:
                 self.optimizer.state[updated] = state
+                pairs += [(state[key], value) for key, value in found.items()]
+        staging.write(pairs)
 
 
 def state_of(names: Iterable[str], parameters: Mapping[str, Tensor], settings: Training) -> dict[str, Tensor]:

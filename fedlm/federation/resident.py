@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fedlm.exchange import staging
+
 
 class Resident:
     """Writes values into parameters, but none that is there already: of a large model that is most of them.
@@ -19,13 +21,14 @@ class Resident:
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Write values of parameters; other messages are left out."""
-        with torch.no_grad():
-            for name, value in values.items():
-                parameter = self.parameters.get(name)
-                if parameter is None or (name in self._written and self._written[name].is_still(value)):
-                    continue
-                parameter.copy_(value)
-                self._written[name] = _Written(value, parameter)
+        pairs = {
+            name: (self.parameters[name], value)
+            for name, value in values.items()
+            if name in self.parameters and not (name in self._written and self._written[name].is_still(value))
+        }
+        staging.write(pairs.values())
+        for name, (parameter, value) in pairs.items():
+            self._written[name] = _Written(value, parameter)
 
     def forget(self, names: Iterable[str]) -> None:
         """Write these the next time whatever they seem to be: for parameters that a method has trained."""

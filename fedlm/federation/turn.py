@@ -7,7 +7,7 @@ values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fedlm.base.randomness import numpy_stream
-from fedlm.exchange import payload
+from fedlm.exchange import payload, staging
 from fedlm.exchange.declared import Way
 from fedlm.federation.frozen import Frozen, ProbedFrozen
 from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
@@ -181,7 +181,7 @@ class Turn:
 
     def keep(self, values: dict[str, Tensor]) -> None:
         """Let the client keep copies of these values for its next turn."""
-        self.kept.update({name: snapshot(value) for name, value in values.items()})
+        self.kept.update(snapshots(values))
 
     def fit(
         self,
@@ -517,6 +517,10 @@ class _ProbingTurn(Turn):
         optimizer.step(factor, correct)
 
 
-def snapshot(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor on the CPU, in its own format; for one without values, another without."""
-    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+def snapshots(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors on the CPU, in their own formats; of those without values, others without."""
+    host = staging.to_host(tensors)
+    for name, tensor in tensors.items():
+        if host[name].data_ptr() == tensor.data_ptr():
+            host[name] = tensor.detach().clone()
+    return host
