@@ -630,6 +630,17 @@ def test_the_table_of_claims_holds_every_claim_and_counts_the_verdicts(study):
             {"kind": "cost", "of": "a", "against": "b", "quantity": "joy", "at_most": 1},
             "rule.cost.quantity: 'joy'",
         ),
+        (
+            {
+                "kind": "predicted",
+                "model": "m",
+                "of": "a",
+                "against_settings": {"rank": 2},
+                "quantity": "turn_flops",
+                "at_most": 1,
+            },
+            "rule.predicted.against_settings",
+        ),
     ],
 )
 def test_faults_of_the_claims_are_named(change, message, tmp_path):

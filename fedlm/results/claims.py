@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy
 import pandas
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
@@ -69,6 +69,13 @@ class PredictedRule(Settings):
         "turn_upload_bytes", "turn_download_bytes", "turn_flops", "peak_memory_bytes", "parameters"
     ]
     at_most: float = Field(gt=0, description="limit of the ratio, or of the costs")
+
+    @field_validator("against_settings")
+    @classmethod
+    def _of_somebody(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if settings and info.data.get("against") is None:
+            raise ValueError("allowed with `against` only, whose settings they are")
+        return settings
 
 
 class NoRule(Settings):
