@@ -267,14 +267,16 @@ class BlockLLM(Method):
         """Leave the masks for the upload, and keep them for the next turn, one bit a coordinate."""
         import torch
 
+        from fedlm.base.staging import to_host
         from fedlm.exchange.payload import pack
 
         if self.config.selection == "tensors":
             return
+        found = to_host(masks)
         for name in self._counts(turn.client, turn.round):
             # A tensor that gets no gradient does not move, whatever its mask.
-            mask = masks[name] if name in masks else self._mask(turn, name, torch.zeros(self.shapes[name]))
-            turn.results[name] = mask.cpu()
+            mask = found[name] if name in found else self._mask(turn, name, torch.zeros(self.shapes[name]))
+            turn.results[name] = mask
             if f"{name}@mask" not in turn.kept:
                 turn.keep({f"{name}@mask": pack(mask)})
 

@@ -71,7 +71,7 @@ class Scaffold(Method):
     def train(self, turn: Turn) -> None:
         if not self.config.corrected:
             return super().train(turn)
-        from fedlm.exchange.staging import to_device
+        from fedlm.base.staging import to_device
 
         # On the device once a turn, not once a step.
         device = next(turn.model.parameters()).device
@@ -87,11 +87,11 @@ class Scaffold(Method):
         return None
 
     def upload(self, turn: Turn) -> dict[str, Tensor]:
-        from fedlm.exchange.staging import to_host
+        from fedlm.base.staging import to_host
 
-        values = to_host(super().upload(turn))
         if not self.config.corrected:
-            return values
+            return super().upload(turn)
+        values = to_host(super().upload(turn))
         own, changes = self._own_controls(turn), {}
         for name in self.trainable(turn.client, turn.round):
             control = f"{name}@control"

@@ -109,13 +109,13 @@ class SLoRA(FedLoRA):
     def train(self, turn: Turn) -> None:
         if not self._is_sparse(turn.round):
             return super().train(turn)
-        masks = {name: self._mask(name, turn) for name in self.tuned}
+        from fedlm.base.staging import to_device
+
+        device = next(turn.model.parameters()).device
+        masks = to_device({name: self._mask(name, turn) for name in self.tuned}, device)
 
         def correct(name: str, gradient: Tensor) -> Tensor:
-            if name not in masks:
-                return gradient
-            masks[name] = masks[name].to(gradient.device)
-            return gradient.mul_(masks[name])
+            return gradient.mul_(masks[name]) if name in masks else gradient
 
         for segment in self.segments(turn.client, turn.round, turn.steps):
             turn.fit(segment, correct=correct)
@@ -192,13 +192,14 @@ class SLoRA(FedLoRA):
         """Return the masked entries of all matrices, one after the other; none in stage 2."""
         import torch
 
+        from fedlm.base.staging import to_host
+
         if not self._is_sparse(round):
             return torch.empty(0)
         if values[self.tuned[0]].is_meta:
             return torch.empty(sum(len(self._positions(name)) for name in self.tuned), device="meta")
-        return torch.cat(
-            [values[name].detach().cpu().float().flatten()[self._positions(name)] for name in self.tuned]
-        )
+        matrices = to_host({name: values[name] for name in self.tuned})
+        return torch.cat([value.float().flatten()[self._positions(name)] for name, value in matrices.items()])
 
     def _matrices(self, values: Mapping[str, Tensor], entries: Tensor) -> dict[str, Tensor]:
         """Return the matrices with these entries under the mask, and `values` elsewhere."""

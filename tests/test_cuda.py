@@ -14,7 +14,8 @@ from test_methods import CASES, IDS, defaults
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from fedlm.exchange import payload, staging
+from fedlm.base import staging
+from fedlm.exchange import payload
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.loop import Batches
 from fedlm.federation.optimizer import LocalOptimizer
@@ -65,14 +66,17 @@ def test_the_tracker_sees_what_the_allocator_gives_out(method, place):
     assert peak <= run.cuda_peak <= 1.1 * peak + before + WORKSPACES
 
 
-def test_the_memory_of_a_turn_is_that_of_the_same_turn_on_a_cpu(place):
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "scaffold"])
+def test_the_memory_of_a_turn_is_that_of_the_same_turn_on_a_cpu(method, place):
+    optimizer = {"optimizer": "sgd"} if method == "scaffold" else {}
     found = {
-        device: worlds.federation("fedavg", place, training={"device": device}) for device in ("cpu", "cuda")
+        device: worlds.federation(method, place, training={"device": device, **optimizer})
+        for device in ("cpu", "cuda")
     }
     for run in found.values():
         run.run()
     cpu, cuda = (run.instruments.memory["all"] for run in found.values())
-    assert (cuda.parameter, cuda.gradient) == (cpu.parameter, cpu.gradient)
+    assert (cuda.parameter, cuda.gradient, cuda.method) == (cpu.parameter, cpu.gradient, cpu.method)
     assert cuda.optimizer == pytest.approx(cpu.optimizer, abs=4096)  # where the counts of steps are
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_methods import CASES, defaults
 
-from fedlm.exchange import payload, staging
+from fedlm.base import staging
+from fedlm.exchange import payload
 
 CPU = torch.device("cpu")
 KINDS = [torch.float32, torch.bfloat16, torch.int64, torch.int8, torch.bool]

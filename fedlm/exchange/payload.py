@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from fedlm.exchange import staging
+from fedlm.base import staging
 from fedlm.exchange.declared import Declared
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from fedlm.base import staging
 from fedlm.base.randomness import torch_stream
-from fedlm.exchange import payload, staging
+from fedlm.exchange import payload
 from fedlm.exchange.compression import LowRankUpload, SparseUpload
 from fedlm.exchange.payload import TOGETHER, LowRank, Sendable, Sparse
 

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy
+import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from fedlm.base import staging
 from fedlm.federation.passes import Batch, PartPass, Step
 from fedlm.federation.settings import Training
 from fedlm.federation.state import Segment
@@ -49,16 +51,16 @@ class Frozen:
         uses = Counter(id(value) for _, value in self.model.named_parameters(remove_duplicate=False))
         names = [name for part in segment.frozen for name in part if uses[id(self._parameters[name])] == 1]
         device = next(iter(self._parameters.values())).device
+        self._apart.update(staging.to_host({name: self._parameters[name] for name in names}))
         for name in names:
-            value = self._parameters[name].data
-            self._apart[name] = value if value.device.type == "meta" else value.cpu()
-            self._parameters[name].data = _without_memory(value)
+            self._parameters[name].data = _without_memory(self._parameters[name].data)
         try:
             yield
         finally:
             self._hidden.clear()
-            for name in names:
-                self._parameters[name].data = self._apart.pop(name).to(device)
+            held = {name: self._apart.pop(name) for name in names}
+            for name, value in staging.to_device(held, device).items():
+                self._parameters[name].data = value
 
     def store(self, segment: Segment, plan: list[Step], run: Run) -> None:
         """Compute what comes out of the frozen parts for all examples of a plan, if the segment stores it."""
@@ -124,14 +126,20 @@ class Frozen:
     def _back(self, names: Iterable[str]) -> Iterator[None]:
         """Put parameters that were set aside back into the model for a while."""
         apart = [name for name in names if name in self._apart]
-        for name in apart:
-            self._parameters[name].data = self._fetch(name)
+        for name, value in self._fetch(apart).items():
+            self._parameters[name].data = value
         yield
         for name in apart:
             self._parameters[name].data = _without_memory(self._parameters[name].data)
 
-    def _fetch(self, name: str) -> Tensor:
-        return self._apart[name].to(self._parameters[name].device, copy=True)
+    def _fetch(self, names: list[str]) -> dict[str, Tensor]:
+        held = {name: self._apart[name] for name in names}
+        found = {
+            name: torch.empty_like(value, device=self._parameters[name].device)
+            for name, value in held.items()
+        }
+        staging.write((found[name], value) for name, value in held.items())
+        return found
 
 
 class ProbedFrozen(Frozen):
@@ -157,11 +165,11 @@ class ProbedFrozen(Frozen):
         batch = self.make_batch(indices)
         return self._like.new_empty(*batch["input_ids"].shape, self._like.shape[-1])
 
-    def _fetch(self, name: str) -> Tensor:
+    def _fetch(self, names: list[str]) -> dict[str, Tensor]:
         with self.tracker.paused():
-            value = super()._fetch(name)
-        self.tracker.mark([value], "parameter")
-        return value
+            found = super()._fetch(names)
+        self.tracker.mark(found.values(), "parameter")
+        return found
 
 
 def first_visits(plan: list[Step]) -> list[numpy.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fedlm.base import staging
 from fedlm.exchange import compression, payload, pruning
 from fedlm.exchange.compression import LayerDrop, Prune, Quantize, Stale
 from fedlm.exchange.declared import Declared, Way
@@ -339,17 +340,17 @@ class Link:
     def _without(self, dropped: list[int]) -> Iterator[None]:
         """Take layers out of the resident model: they compute nothing and hold no memory."""
         parameters = dict(self.model.named_parameters())
-        taken = [parameters[name] for index in dropped for name in self.anatomy.blocks[index].parameters]
-        held = [parameter.data if parameter.is_meta else parameter.data.cpu() for parameter in taken]
-        device = taken[0].device
-        for parameter in taken:
+        names = (name for index in dropped for name in self.anatomy.blocks[index].parameters)
+        taken = {name: parameters[name] for name in names}
+        held, device = staging.to_host(taken), next(iter(taken.values())).device
+        for parameter in taken.values():
             parameter.data = parameter.data.new_empty(0)
         try:
             with blocks.skip(self.model, dropped):
                 yield
         finally:
-            for parameter, value in zip(taken, held, strict=True):
-                parameter.data = value.to(device)
+            for name, value in staging.to_device(held, device).items():
+                taken[name].data = value
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

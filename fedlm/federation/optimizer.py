@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedlm.exchange import staging
+from fedlm.base import staging
 from fedlm.federation.settings import Training
 
 Correction = Callable[[str, Tensor], Tensor]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedlm.exchange import staging
+from fedlm.base import staging
 
 
 class Resident:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fedlm.base import staging
 from fedlm.base.randomness import numpy_stream
-from fedlm.exchange import payload, staging
+from fedlm.exchange import payload
 from fedlm.exchange.declared import Way
 from fedlm.federation.frozen import Frozen, ProbedFrozen
 from fedlm.federation.optimizer import Correction, LocalOptimizer, rate_factor
@@ -171,12 +172,14 @@ class Turn:
 
         Where weights are stored in half precision and were not trained yet, those are the values received.
         """
-        found = {}
+        found, pairs = {}, []
         for name in names:
             parameter = self._parameters[name]
             rounded = parameter.dtype != torch.float32 and name in self.received
             value = self._values.get(name, self.received[name] if rounded else parameter)
-            found[name] = value.detach().to(parameter.device, torch.float32, copy=True)
+            found[name] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            pairs.append((found[name], value))
+        staging.write(pairs)
         return found
 
     def keep(self, values: dict[str, Tensor]) -> None:
@@ -334,9 +337,7 @@ class Turn:
         return getattr(self._make_batch, "size", len)(indices)
 
     def _write(self, values: dict[str, Tensor] | None) -> None:
-        with torch.no_grad():
-            for name, value in (values or {}).items():
-                self._parameters[name].copy_(value)
+        staging.write((self._parameters[name], value) for name, value in (values or {}).items())
 
     def _norms(self, segment: Segment, indices: numpy.ndarray) -> dict[str, Tensor]:
         self._freeze_all_but(segment)
@@ -383,9 +384,10 @@ class Turn:
         """Keep the optimizer's state where a later turn continues from it."""
         if self.moments != "reset":
             moments = optimizer.moments()
-            (self.kept if self.moments == "client" else self._values).update(
-                {name: value.clone() for name, value in moments.items()}
-            )
+            if self.moments == "client":
+                self.keep(moments)
+            else:
+                self._values.update({name: value.clone() for name, value in moments.items()})
 
     def _train_mode(self, segment: Segment) -> None:
         self.model.train()
@@ -521,6 +523,6 @@ def snapshots(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies of tensors on the CPU, in their own formats; of those without values, others without."""
     host = staging.to_host(tensors)
     for name, tensor in tensors.items():
-        if host[name].data_ptr() == tensor.data_ptr():
+        if not staging.is_away(tensor):
             host[name] = tensor.detach().clone()
     return host

@@ -73,6 +73,8 @@ class MemoryTracker(TorchDispatchMode):
         self._expected: dict[int, MemoryKind] = {}
         self._held: list[torch.Tensor] = []
         self._paused = False
+        # What is on the host then, buffers of transfers for example, takes no memory of the client's.
+        self._on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
 
     def mark(self, tensors: Iterable[torch.Tensor], kind: MemoryKind) -> None:
         """Declare what live tensors are, unless they are known to be something of a higher rank.
@@ -160,6 +162,8 @@ class MemoryTracker(TorchDispatchMode):
         if tensor.layout is not torch.strided:
             return None
         storage = tensor.untyped_storage()
+        if self._on_gpu and storage.device.type == "cpu":
+            return None
         key = storage._cdata
         number = self._live.get(key)
         if number is None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedlm.base import staging
 from fedlm.models.quiet import own_generator
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Narrow:
         """
         parameters = dict(model.named_parameters())
         device = next(iter(parameters.values())).device
-        held = {name: one.data if one.is_meta else one.data.cpu() for name, one in parameters.items()}
+        held = staging.to_host(parameters)
         with contextlib.ExitStack() as stack:
             for name, parameter in parameters.items():
                 shape = [one.groups * one.kept for one in self.kept[name]]
@@ -101,8 +102,8 @@ class Narrow:
             try:
                 yield
             finally:
-                for name, parameter in parameters.items():
-                    parameter.data = held[name].to(device)
+                for name, value in staging.to_device(held, device).items():
+                    parameters[name].data = value
 
     def _scale(self, module: nn.Module, _: Any, output: Tensor) -> Tensor:
         return output / self.rate if module.training else output

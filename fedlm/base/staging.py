@@ -24,10 +24,11 @@ def is_away(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def write(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair into the first, of the same shape and maybe of another type."""
+    """Copy the second tensor of each pair into the first, as `copy_` does."""
     moved: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for target, value in pairs:
-        if is_away(target) and value.device.type == "cpu" and target.is_contiguous():
+        alike = target.shape == value.shape and target.is_contiguous()
+        if alike and is_away(target) and value.device.type == "cpu":
             moved.setdefault(target.device, []).append((target, value))
         else:
             target.copy_(value)
@@ -74,12 +75,19 @@ class Buffers:
         self._last = 0
 
     def write(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Copy values from the CPU into contiguous tensors on the device, without waiting for it."""
+        """Copy values from the CPU into contiguous tensors of their shapes on the device.
+
+        This waits for the device only where it has not yet read what is in the buffer that is needed next.
+        """
         for targets, values in self._pieces(pairs):
             number = self._free()
             host = self._view(number, values)
             torch.cat(values, out=host)
-            arrived = host.to(self.device, non_blocking=True)
+            if len(targets) == 1:
+                targets[0].copy_(host, non_blocking=self._locked)
+                self._started(number)
+                continue
+            arrived = host.to(self.device, non_blocking=self._locked)
             self._started(number)
             for target, value in zip(targets, arrived.split([len(one) for one in values]), strict=True):
                 target.copy_(value)
@@ -91,7 +99,8 @@ class Buffers:
         arriving: tuple[int, list[Tensor]] | None = None
         for targets, values in self._pieces(zip(copies, tensors, strict=True)):
             number = self._free()
-            self._view(number, values).copy_(torch.cat(values), non_blocking=True)
+            together = values[0] if len(values) == 1 else torch.cat(values)
+            self._view(number, values).copy_(together, non_blocking=self._locked)
             self._started(number)
             if arriving:
                 self._fetch(*arriving)
