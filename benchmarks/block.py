@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fedlm.federation.method import Segment
 from fedlm.federation.settings import Training
-from fedlm.federation.turn import Turn
+from fedlm.federation.turn import Doors, Turn
 from fedlm.measure.instruments import Instruments
 from fedlm.models import loading
 from fedlm.models.blocks import find_blocks
@@ -53,9 +53,9 @@ def main() -> None:
             turn = Turn(model, training, [[None]] * 3, lambda _: batch, instruments)
             turn.fit(Segment(label, names, 2))
             optimizer = turn._optimizer(Segment(label, names, 1))
-            turn._step([None], optimizer, Segment(label, names, 1))
+            turn._step([None], optimizer, Segment(label, names, 1), Doors())
             started = time.perf_counter()
-            turn._step([None], optimizer, Segment(label, names, 1))
+            turn._step([None], optimizer, Segment(label, names, 1), Doors())
             times[label].append(time.perf_counter() - started)
             flops[label] = turn.flops // 4
     found = {label: statistics.median(values) for label, values in times.items()}

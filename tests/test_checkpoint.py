@@ -230,7 +230,8 @@ def test_a_run_is_saved_when_it_is_time(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_after_the_last_round_ends_the_run(place, tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_a_signal_after_the_last_round_saves_the_run_and_ends_it(seconds, place, tmp_path):
     """Nothing would notice it otherwise, and the process would go on with its next run."""
     federation = worlds.federation("fedavg", place, rounds=1)
     score = federation.scorer.score
@@ -244,7 +245,7 @@ def test_a_signal_after_the_last_round_ends_the_run(place, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest-xdist sets aside
     try:
         with pytest.raises(KeyboardInterrupt):
-            federation.run(Checkpoints(tmp_path, "mine", print))
+            federation.run(Checkpoints(tmp_path, "mine", print, seconds))
     finally:
         signal.signal(signal.SIGINT, before)
     assert not hasattr(federation, "test")

@@ -78,6 +78,7 @@ def agree(run, found, within=0.01, exact_flops=True):
     for label, measured in run.instruments.memory.items():
         assert found.memory[label].parameter == measured.parameter
         assert found.memory[label].gradient == measured.gradient
+        assert found.memory[label].method == measured.method
         assert found.memory[label].peak == pytest.approx(measured.peak, rel=within), label
 
 

@@ -278,6 +278,91 @@ def test_both_doors_serve_half_precision_weights(place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [{}, {"loss_scale": 64.0}])
+def test_a_term_sees_what_half_precision_would_round_away(training, place):
+    """Its gradient is that at the float32 values, and is added to the others in float32."""
+
+    class Pulling(FedAvg):
+        title = "Pulling"
+        strength = 1000.0
+
+        def train(self, turn):
+            anchor = turn.copies(self.exchanged)
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(
+                    segment,
+                    term=lambda trained: sum(
+                        self.strength / 2 * (value - anchor[name]).square().sum()
+                        for name, value in trained.items()
+                    ),
+                )
+
+    class Free(Pulling):
+        title = "Free"
+        strength = 0.0
+
+    name, held_back = "bert.encoder.layer.0.output.dense.weight", {}
+    for weights in ("float32", "bfloat16"):
+        steps = {**SGD, "learning_rate": 1e-5, "local_steps": 20, **training}
+        options = {"training": steps, "model": {"weights": weights}, "rounds": 1, "clients": 1}
+        free, held = (ran(method, place, **options) for method in (Free, Pulling))
+        moves = [(run.server.tensors[name] - run.server.initial[name]).norm() for run in (free, held)]
+        held_back[weights] = float(1 - moves[1] / moves[0])
+    assert held_back["bfloat16"] == pytest.approx(held_back["float32"], rel=0.2)
+    assert held_back["float32"] > 0.01
+
+
+@pytest.mark.slow
+def test_what_a_method_adds_may_cost_more_in_a_later_round(place):
+    class Growing(FedAvg):
+        title = "Growing"
+
+        def train(self, turn):
+            def term(trained):
+                matrix = trained["classifier.weight"]
+                return sum((matrix @ matrix.T).sum() for _ in range(turn.round))
+
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(segment, term=term, correct=lambda name, gradient: correct(gradient, turn.round))
+
+        @staticmethod
+        def parts(run):
+            return [row["flops"] for row in run.rounds]
+
+    def correct(gradient, times):
+        for _ in range(times if gradient.shape == (16,) else 0):
+            gradient = gradient + 0 * (torch.ones(16, 16) @ gradient)
+        return gradient
+
+    options = {"rounds": 3, "training": {"local_steps": 2}, "clients": 2}
+    first, second, third = Growing.parts(ran(Growing, place, **options))
+    assert second > first and third - second == second - first
+
+
+@pytest.mark.parametrize(
+    ("doors", "message"),
+    [
+        ({"term": lambda trained: trained["classifier.bias"]}, "term returned a tensor of shape (2,)"),
+        ({"term": lambda trained: None}, "term returned None"),
+        ({"output_term": lambda batch, outputs: outputs.logits}, "output_term returned a tensor of shape"),
+        ({"correct": lambda name, gradient: None}, "is None; allowed: a gradient"),
+        ({"correct": lambda name, gradient: gradient.double()}, "has type torch.float64; allowed:"),
+    ],
+)
+def test_what_a_door_must_not_return_is_one_line(doors, message, place):
+    class Wrong(FedAvg):
+        name = title = "wrong"
+
+        def train(self, turn):
+            for segment in self.segments(turn.client, turn.round, turn.steps):
+                turn.fit(segment, **doors)
+
+    with pytest.raises(FailedRun, match="method wrong, round 1, client 0: ") as error:
+        ran(Wrong, place, training={"local_steps": 1})
+    assert message in str(error.value)
+
+
+@pytest.mark.slow
 def test_the_term_is_part_of_the_recorded_loss_once(place):
     options = {"training": {**SGD, "learning_rate": 1e-8, "accumulation": 2, "batch_size": 4}, "rounds": 1}
     with_term, plain = ran(Pulled, place, **options), ran("fedavg", place, **options)

@@ -101,10 +101,7 @@ def test_a_disk_that_is_full_at_any_write_costs_nothing_that_was_finished(operat
     ended = forked.run(fails_at(operation, "fsync", errno.ENOSPC, make(study, results)), tmp_path / "log")
     assert ended.status == 1
     last = ended.output.splitlines()[-1]
-    assert (
-        last.startswith(f"error: {results}/")
-        and "the disk is full; nothing that was finished is lost" in last
-    )
+    assert last.startswith(f"error: {results}/") and "the disk is full; finished runs are kept" in last
     assert "Traceback" not in ended.output
     written = len(list(results.rglob("*.checkpoint")))
     finished = ended.output.count(": round ")
@@ -155,7 +152,7 @@ def test_a_disk_that_is_really_full(undisturbed, tmp_path):
     with mounted(results, "size=64k"):
         ended = forked.run(make(study, results), tmp_path / "log")
         assert ended.status == 1
-        assert "the disk is full; nothing that was finished is lost" in ended.output.splitlines()[-1]
+        assert "the disk is full; finished runs are kept" in ended.output.splitlines()[-1]
         subprocess.run(["mount", "-o", "remount,size=8m", str(results)], check=True)
         goes_on(study, results, expected)
 

@@ -384,7 +384,7 @@ def test_the_state_survives_json(place):
 
 
 def test_what_the_model_already_is_is_not_written_again(place):
-    """A turn writes what its client is sent and what the turn before it trained, and no more of the model."""
+    """A turn writes what the one before it trained, what its client is sent, and no more of the model."""
     run = worlds.federation("fedcybgd", place, clients=4, rounds=2, cache="last_visit", order="rotating")
     sent, trained, written = [], [], []
     load, train, send = run.load, run.method.train, run.link.send
@@ -409,8 +409,38 @@ def test_what_the_model_already_is_is_not_written_again(place):
     assert len(written) == len(trained) == 8
     assert written[0] == set(run.server.initial)
     for turn in range(1, 8):
-        assert written[turn] == sent[turn] | trained[turn - 1]
+        assert trained[turn - 1] <= written[turn] <= sent[turn] | trained[turn - 1]
     assert len(written[1]) < len(written[0]) / 2
+
+
+def test_what_is_sent_again_and_has_not_changed_is_not_written_again(place):
+    """Without a cache a client is sent everything; what is written is what training and merging changed."""
+    run = worlds.federation("fedcybgd", place, clients=4, rounds=2, order="rotating")
+    trained, written, versions = [], [], [dict(run.server.version)]
+    load, train = run.load, run.method.train
+
+    def loading(values):
+        before = {name: run.parameters[name]._version for name in values}
+        load(values)
+        written.append({name for name in values if run.parameters[name]._version != before[name]})
+        versions.append(dict(run.server.version))
+
+    def training(turn):
+        trained.append(set(run.method.trainable(turn.client, turn.round)))
+        train(turn)
+
+    run.load, run.method.train = loading, training
+    run.play(1)
+    run.play(2)
+    assert written[0] == set(run.server.initial) and len(written) == 8
+    for turn in range(1, 8):
+        old, new = versions[turn], versions[turn + 1]
+        merged = {name for name in new if new[name] != old.get(name, 0)}
+        assert written[turn] == merged | trained[turn - 1]
+        assert len(written[turn]) < len(written[0]) / 2
+    values = run.link.receive(0, run.link.send(0, 3))
+    run.load(values)
+    assert all(torch.equal(run.parameters[name], value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "learning_rate": 0.1}])

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedlm.base.files import remove_unfinished, sha256, write_atomically
 from fedlm.exchange.payload import Message, Part
 from fedlm.federation import stored
-from fedlm.federation.stored import Store, Stored
+from fedlm.federation.stored import StorageError, Store, Stored
 
 _FILES = "round-*.checkpoint"
 _PLAIN = "plain"  # the tensor with the JSON; no other is named without a slash
@@ -53,13 +53,14 @@ class Checkpoints:
         self._last = time.monotonic()
         self._previous: Path | None = None
         self._signal: int | None = None
+        self._settled: tuple[int, Callable[[], State]] | None = None
 
     @contextmanager
     def watching_signals(self) -> Iterator[None]:
         """Let a first signal to end the process wait for the end of the round, which then is saved.
 
-        A second one ends it at once. Only a process's main thread can watch. A signal that comes after the
-        last round was saved takes its course when the watch ends.
+        A second one ends it at once. After the last round (see `rounds_ended`) the first one ends it, too.
+        Only a process's main thread can watch.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -74,9 +75,14 @@ class Checkpoints:
 
     def _noticed(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self.log("stops after this round, which is saved; a second signal stops at once")
         for one in _SIGNALS:
             signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
+        if self._settled:
+            self.log("stops; all rounds are saved")
+            self.save(self._settled[0], *self._settled[1]())
+            self._let_it_take_its_course()
+        else:
+            self.log("stops after this round, which is saved; a second signal stops at once")
 
     def round_ended(self, round: int, state: Callable[[], State]) -> None:
         """Save the state where it is time, or a signal came; after a signal, let it take its course."""
@@ -85,13 +91,20 @@ class Checkpoints:
         self.save(round, *state())
         self._let_it_take_its_course()
 
+    def rounds_ended(self, round: int, state: Callable[[], State]) -> None:
+        """Note that the state changes no more after this round; a signal that comes now saves it."""
+        self._settled = round, state
+
     def _let_it_take_its_course(self) -> None:
         if self._signal is not None:
             number, self._signal = self._signal, None
             os.kill(os.getpid(), number)
 
     def save(self, round: int, tensors: Values, plain: dict[str, Any]) -> None:
-        """Write the checkpoint of a round; then remove all but it and the one before."""
+        """Write the checkpoint of a round; then remove all but it and the one before.
+
+        Raises StorageError, with the name of the tensor, where one that is stored cannot be brought to disk.
+        """
         unique: dict[tuple, str] = {}
         aliases: dict[str, str] = {}
         written: dict[str, Tensor] = {}
@@ -99,7 +112,11 @@ class Checkpoints:
         files: dict[str, int] = {}
         for name, value in tensors.items():
             if isinstance(value, Stored) and value.file and value.file.store is self.store:
-                value.file.secure()
+                try:
+                    value.file.secure()
+                except StorageError as error:
+                    error.tensor = name
+                    raise
                 files[value.file.name] = value.file.size
                 referred[name] = value.file.name, value.offset, value.dtype, value.shape
                 continue

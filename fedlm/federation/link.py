@@ -86,6 +86,11 @@ class Link:
                 expected[f"{name}@step"] = torch.zeros(())
         return expected
 
+    def prune(self, client: int, round: int) -> None:
+        """Choose the masks of what the client is sent pruned, which is work of the server."""
+        if isinstance(self.config.compression, Prune):
+            self._plan(client, round)
+
     def send(self, client: int, round: int) -> payload.Message:
         """Return the encoded download."""
         sent = self._plan(client, round)

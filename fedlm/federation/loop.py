@@ -14,11 +14,11 @@ from fedlm.data.prepared import Prepared, Split
 from fedlm.exchange import payload, pruning
 from fedlm.federation.checkpoint import Checkpoints
 from fedlm.federation.method import Method
-from fedlm.federation.rounds import Rounds
+from fedlm.federation.rounds import Rounds, failed
 from fedlm.federation.scorer import Scorer
 from fedlm.federation.settings import Federation as FederationSettings
 from fedlm.federation.settings import Training
-from fedlm.federation.stored import Stored
+from fedlm.federation.stored import StorageError, Stored
 from fedlm.measure.memory import older_objects_set_aside
 
 if TYPE_CHECKING:
@@ -79,20 +79,29 @@ class Federation(Rounds):
         Raises DivergedRun when a loss, an update or a score is not finite, FailedRun when an upload is not
         what it must be.
         """
-        with older_objects_set_aside():
-            with checkpoints.watching_signals() if checkpoints else nullcontext():
+        watching = checkpoints.watching_signals() if checkpoints else nullcontext()
+        with older_objects_set_aside(), watching:
+            if checkpoints:
+                self._resume(checkpoints)
+            if not self.rounds:
+                self.baseline = self.scorer.score(self.split.validation)
+            for round in range(len(self.rounds) + 1, self.settings.rounds + 1):
+                before = self.flops, self.queries
+                clients = self.play(round)
+                self._close(round, clients, self.flops - before[0], self.queries - before[1])
                 if checkpoints:
-                    self._resume(checkpoints)
-                if not self.rounds:
-                    self.baseline = self.scorer.score(self.split.validation)
-                for round in range(len(self.rounds) + 1, self.settings.rounds + 1):
-                    before = self.flops, self.queries
-                    clients = self.play(round)
-                    self._close(round, clients, self.flops - before[0], self.queries - before[1])
-                    if checkpoints:
-                        checkpoints.round_ended(round, self._state)
+                    self._save(checkpoints, round)
+            if checkpoints:
+                checkpoints.rounds_ended(self.settings.rounds, self._state)
             self.test = self.scorer.score(self.split.test) if test else None
             self.further = self.scorer.further(self.split.test) if test else {}
+
+    def _save(self, checkpoints: Checkpoints, round: int) -> None:
+        try:
+            checkpoints.round_ended(round, self._state)
+        except StorageError as error:
+            _, client, *_ = (error.tensor or "//").split("/")
+            raise failed(self.method, round, [int(client)] if client.isdigit() else [], error) from error
 
     def _close(self, round: int, clients: list[int], flops: int, queries: int) -> None:
         """Score the server's model, record the round, log a line."""

@@ -44,7 +44,7 @@ class LocalOptimizer:
         self.settings = settings
         self.parameters = parameters
         self.masters = {
-            name: torch.empty_like(value, dtype=torch.float32, requires_grad=False)
+            name: torch.empty_like(value, dtype=torch.float32, requires_grad=True)
             for name, value in parameters.items()
             if value.dtype != torch.float32
         }
@@ -78,13 +78,15 @@ class LocalOptimizer:
         """Update the parameters from their gradients, with the learning rate times `factor`.
 
         `correct` changes each gradient after loss scaling is undone and before clipping. Raises ValueError
-        when it returns another shape.
+        when it returns anything but a tensor of the same shape and type.
         """
         settings = self.settings
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if parameter.grad is not None:
-                master.grad = parameter.grad.float()
+                gradient = parameter.grad.float()
+                # What a term of the loss adds is there already.
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
         updated = [value for group in self.optimizer.param_groups for value in group["params"]]
         gradients = [value.grad for value in updated if value.grad is not None]
@@ -111,9 +113,14 @@ class LocalOptimizer:
                 if updated.grad is None:
                     continue
                 corrected = correct(name, updated.grad)
+                if not isinstance(corrected, Tensor):
+                    raise ValueError(f"the correction of {name} is {corrected!r}; allowed: a gradient")
                 if corrected.shape != updated.grad.shape:
                     found, expected = tuple(corrected.shape), tuple(updated.grad.shape)
                     raise ValueError(f"the correction of {name} has shape {found}; allowed: {expected}")
+                if corrected.dtype != updated.grad.dtype:
+                    kinds = corrected.dtype, updated.grad.dtype
+                    raise ValueError(f"the correction of {name} has type {kinds[0]}; allowed: {kinds[1]}")
                 updated.grad = corrected
 
     def values(self) -> dict[str, Tensor]:

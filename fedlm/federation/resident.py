@@ -40,12 +40,14 @@ class _Written:
     """Remembers which value a parameter was given."""
 
     def __init__(self, value: Tensor, parameter: Tensor) -> None:
-        self._value, self._parameter = weakref.ref(value), parameter
+        # Each message has a tensor of its own for the same memory.
+        self._memory, self._parameter = weakref.ref(value.untyped_storage()), parameter
         self._was = self._state(value)
 
     def is_still(self, value: Tensor) -> bool:
-        """Return whether the parameter was given this very value, and neither has changed since."""
-        return self._value() is value and self._was == self._state(value)
+        """Return whether the parameter was given this memory, and neither has changed since."""
+        return self._memory() is value.untyped_storage() and self._was == self._state(value)
 
-    def _state(self, value: Tensor) -> tuple[int, int, int]:
-        return value._version, self._parameter._version, self._parameter.data_ptr()
+    def _state(self, value: Tensor) -> tuple:
+        place = value.storage_offset(), value.stride(), value.dtype, value._version
+        return *place, self._parameter._version, self._parameter.data_ptr()

@@ -38,7 +38,7 @@ from fedlm.federation.turn import NotFiniteError, Turn, TurnError, steps_of_turn
 from fedlm.measure.instruments import Instruments
 from fedlm.measure.ledger import Ledger
 
-CLOCK = ("download", "probe", "train", "upload", "merge", "score")
+CLOCK = ("prune", "download", "probe", "train", "upload", "merge", "score")
 
 
 class Rounds:
@@ -117,7 +117,7 @@ class Rounds:
             self.link.merged(cohort)
             self._own_upload()
         except StorageError as error:
-            raise _failed(self.method, round, cohort, error) from error
+            raise failed(self.method, round, cohort, error) from error
         self.clock["merge"] += time.perf_counter() - started - (sum(self.clock.values()) - turns)
 
     def _uploads(self, cohort: list[int], round: int) -> Iterator[Upload]:
@@ -128,7 +128,7 @@ class Rounds:
                 with self.method.shaped(self.model, client):
                     upload = self._turn(client, round)
             except (TurnError, PayloadError, StorageError) as error:
-                raise _failed(self.method, round, [client], error) from error
+                raise failed(self.method, round, [client], error) from error
             if upload:
                 self.link.uploaded(client, upload.tensors)
                 self._uploaded = weakref.ref(upload.tensors)
@@ -147,6 +147,8 @@ class Rounds:
     def _turn(self, client: int, round: int) -> Upload | None:
         """Let one client download, train and upload."""
         self.instruments.level = self.method.level.get(client, 0)
+        with self._timed("prune"):
+            self.link.prune(client, round)
         with self._timed("download"):
             message = self.link.send(client, round)
             self.ledger.downloaded(client, len(message))
@@ -221,11 +223,14 @@ class Rounds:
             self.clock[kind] += time.perf_counter() - started
 
 
-def _failed(method: Method, round: int, clients: list[int], error: Exception) -> FailedRun:
-    where = f"client {clients[0]}" if len(clients) == 1 else f"clients {clients[0]} to {clients[-1]}"
+def failed(method: Method, round: int, clients: list[int], error: Exception) -> FailedRun:
+    """Return the failure of a run, which names the method, the round, and the clients if there are any."""
+    where = f", client {clients[0]}" if len(clients) == 1 else ""
+    if len(clients) > 1:
+        where = f", clients {clients[0]} to {clients[-1]}"
     reason = f"{error.filename}: {error.strerror}" if isinstance(error, StorageError) else error
     kind = DivergedRun if isinstance(error, NotFiniteError) else FailedRun
-    return kind(f"method {method.name}, round {round}, {where}: {reason}")
+    return kind(f"method {method.name}, round {round}{where}: {reason}")
 
 
 def _require_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -24,7 +24,12 @@ _ALIGNMENT = 64  # bytes: more than any type of tensor asks for
 
 
 class StorageError(OSError):
-    """A file of stored tensors that cannot be written or read: no room, no right, not there."""
+    """A file of stored tensors that cannot be written or read: no room, no right, not there.
+
+    `tensor` is the name of one of them in a checkpoint, where that is known.
+    """
+
+    tensor: str | None = None
 
 
 class StoredFile:
@@ -110,9 +115,12 @@ class Store:
 
     @property
     def folder(self) -> Path:
-        """The folder of the files."""
+        """The folder of the files. Raises StorageError where a temporary one cannot be made."""
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="fedlm-states-"))
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix="fedlm-states-"))
+            except OSError as error:
+                raise StorageError(error.errno, error.strerror, tempfile.gettempdir()) from error
             weakref.finalize(self, _remove_folder, self._folder, os.getpid())
         return self._folder
 

@@ -200,10 +200,11 @@ class Turn:
         distillation loss needs; where a step has several batches, it counts as much as their losses.
         `correct` takes a parameter's name and its float32 gradient, which it may change, and returns the
         gradient to use; it is called once an optimizer step, after loss scaling is undone and before
-        clipping. Meanwhile `values` are the present ones, in float32.
+        clipping. Meanwhile `values` are the present ones, in float32; a term sees these, too. The FLOPs of
+        what these three add are counted once a round for each shape of work.
 
-        Raises NotFiniteError when the loss is not finite, TurnError when a correction has another shape than
-        its gradient.
+        Raises NotFiniteError when the loss is not finite, TurnError when a term is no scalar, or a correction
+        has another shape or type than its gradient.
         """
         self._fit(segment, Doors(term, correct, output_term))
 
@@ -405,10 +406,11 @@ class Turn:
     ) -> Tensor:
         """Make one optimizer step and return its mean loss."""
         loss = torch.zeros((), device=next(iter(optimizer.parameters.values())).device)
-        added = partial(doors.term, optimizer.parameters) if doors.term else None
+        added = partial(_scalar, "term", doors.term, optimizer.values()) if doors.term else None
+        output_term = partial(_scalar, "output_term", doors.output_term) if doors.output_term else None
         for indices, (batch, share) in zip(step, self._weighted(step), strict=True):
             begin = self._frozen.begin(segment, indices, batch, self._run_part)
-            work = Pass(self.model, batch, self.settings, share, True, added, doors.output_term, begin)
+            work = Pass(self.model, batch, self.settings, share, True, added, output_term, begin)
             loss += self._pass(segment.trainable, work)
         factor = rate_factor(*self._progress(), self.settings)
         self.total_rate += factor * self.settings.learning_rate
@@ -424,7 +426,7 @@ class Turn:
         work = partial(optimizer.step, factor, correct)
         if correct is None:
             return work()
-        self.flops += self._instruments.count(trained, {}, work, CORRECTION)[1]
+        self.flops += self._instruments.count(trained, {}, work, (CORRECTION, self.round))[1]
         return None
 
     def _weighted(self, step: Step) -> Iterator[tuple[Batch, float | Tensor]]:
@@ -447,7 +449,9 @@ class Turn:
         return channel(way, arrived, self._passes) if channel else arrived
 
     def _pass(self, trained: Sequence[str], work: Pass | PartPass) -> Tensor:
-        result, flops = self._instruments.count(trained, work.batch, work, work.kind)
+        # What a method adds may depend on the round.
+        kind = (*work.kind, self.round) if any(work.kind[1:]) else work.kind
+        result, flops = self._instruments.count(trained, work.batch, work, kind)
         self.flops += flops
         return result
 
@@ -517,6 +521,15 @@ class _ProbingTurn(Turn):
         self, trained: Sequence[str], optimizer: LocalOptimizer, factor: float, correct: Correction | None
     ) -> None:
         optimizer.step(factor, correct)
+
+
+def _scalar(door: str, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Return what a term of the loss returns; raise TurnError where that is no scalar."""
+    found = function(*arguments)
+    if not isinstance(found, Tensor) or found.shape:
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)[:100]
+        raise TurnError(f"{door} returned {what}; allowed: a scalar tensor, of shape ()")
+    return found
 
 
 def snapshots(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

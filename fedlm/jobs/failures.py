@@ -17,7 +17,7 @@ _DISK = {
     errno.EISDIR: "a folder is where a file should be",
     errno.EMFILE: "too many open files",
 }
-_NOTHING_LOST = "nothing that was finished is lost, run again to continue"
+_KEPT = "finished runs are kept, an unfinished one continues from its last saved round: run again to continue"
 _AGAIN = "the run continues from its last saved round when it is started again"
 
 
@@ -25,10 +25,10 @@ def describe(error: Exception) -> str | None:
     """Return one line for a failure of a known kind; None for one that needs its traceback."""
     if isinstance(error, FailedRun):
         full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK
-        return f"{error}; {_NOTHING_LOST}" if full else str(error)
+        return f"{error}; {_KEPT}" if full else str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{_DISK[error.errno]}; {_NOTHING_LOST}"
+        return f"{where}{_DISK[error.errno]}; {_KEPT}"
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return f"out of memory; {_AGAIN}"
     return None

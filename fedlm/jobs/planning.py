@@ -275,7 +275,7 @@ def _measure_run(study: Study, config: RunConfig, run: Run, origin: str) -> _Mea
     federation._merge([client], 1)
     spent = {name: federation.clock[name] - clock[name] for name in clock}
     times = config.federation.rounds / rounds
-    seconds = costs.turns * times * (spent["download"] + spent["upload"] + spent["merge"])
+    seconds = costs.turns * times * sum(spent[name] for name in ("prune", "download", "upload", "merge"))
     if federation.flops > flops:
         seconds += costs.flops * times * spent["train"] / (federation.flops - flops)
     seconds += len(costs.memory) * spent["probe"]

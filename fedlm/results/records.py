@@ -30,7 +30,7 @@ MEMORY_COLUMNS = [
     "method_bytes",
     "activation_bytes",
 ]
-SECONDS = ["download", "train", "probe", "upload", "merge", "score"]
+SECONDS = ["prune", "download", "train", "probe", "upload", "merge", "score"]
 
 
 class _Part(BaseModel):
@@ -294,7 +294,9 @@ def _run_row(record: _Record) -> dict[str, Any]:
         "learning_rate": record.config.training.learning_rate,
         "test_examples": record.examples.get("test"),
         "flops": float(record.flops),
-        "server_seconds": sum(entry.seconds.get("merge", 0.0) for entry in record.rounds),
+        "server_seconds": sum(
+            entry.seconds.get(name, 0.0) for entry in record.rounds for name in ("prune", "merge")
+        ),
         **(record.memory.model_dump() if record.memory else dict.fromkeys(MEMORY_COLUMNS)),
         "memory_by_block": [{"block": name, **memory.model_dump()} for name, memory in blocks],
         "label_divergence": record.partition_skew.get("label_divergence"),
