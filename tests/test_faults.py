@@ -166,7 +166,7 @@ def test_results_that_are_read_only(undisturbed, tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
         ended = forked.run(make(study, results), tmp_path / "log")
         assert ended.status == 1
-        assert "the file system is read-only; nothing" in ended.output.splitlines()[-1]
+        assert "the file system is read-only; finished runs are kept" in ended.output.splitlines()[-1]
         assert sorted(results.rglob("*")) == before and hashed(record(results)) == expected
 
 
