@@ -167,8 +167,7 @@ class Rounds:
             with self._timed("train"), self._isolated("dropout in layers", client, round):
                 self.method.train(turn)
         self._resident.forget(name for segment in segments for name in segment.trainable)
-        if self.device.type == "cuda":
-            self.cuda_peak = max(self.cuda_peak, torch.cuda.max_memory_allocated())
+        self.cuda_peak = max(self.cuda_peak, _cuda_peak(self.device))
         self.flops += turn.flops
         self.queries += turn.queries
         self.ledger.exchanged(client, turn.exchanged["down"], turn.exchanged["up"])
@@ -221,6 +220,10 @@ class Rounds:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.clock[kind] += time.perf_counter() - started
+
+
+def _cuda_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 def failed(method: Method, round: int, clients: list[int], error: Exception) -> FailedRun:
