@@ -223,6 +223,7 @@ def test_a_table_for_any_config_json(tmp_path):
         assert "FedCyBGD" in done.stdout and "FedLoRA" in done.stdout
     rows = pandas.read_csv(tmp_path / "out/costs.csv")
     assert list(rows["method"]) == ["fedcybgd", "fedlora"]
+    assert (rows["turn_queries"] == 0).all()
     parts = rows[[f"{kind}_bytes" for kind in measured_memory.KINDS]].sum(axis=1)
     assert (parts == rows["peak_memory_bytes"]).all()
     traffic = pandas.read_csv(tmp_path / "out/traffic_time.csv")

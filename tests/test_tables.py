@@ -270,6 +270,16 @@ def test_traffic_of_a_turn_is_that_of_a_client_in_a_round(tmp_path):
     assert table.loc[("bbc_news", "iid", "fedcybgd"), "turn_upload_bytes_mean"] == pytest.approx(7.1e6)
 
 
+def test_queries_have_a_column_where_a_method_makes_some(tmp_path):
+    runs, expected = study(tmp_path, tasks=("bbc_news",), partitions=("iid",), clients=8, rounds=4)
+    rounds = records.load_rounds(tmp_path / "rounds.parquet")
+    scene = Scene.make(runs, expected)
+    assert "turn_queries_mean" not in cost_tables.traffic_table(scene, rounds).numbers
+    some = runs.assign(queries=numpy.where(runs["method"] == "fedavg", 320, 0))
+    table = cost_tables.traffic_table(Scene.make(some, expected), rounds).numbers.set_index("method")
+    assert table["turn_queries_mean"]["fedavg"] == 10 and table["turn_queries_mean"]["fedlora"] == 0
+
+
 def test_published_numbers_stand_beside_ours_where_task_and_model_agree(tmp_path):
     _, expected = study(
         tmp_path,

@@ -64,6 +64,7 @@ def frame(cases: Sequence[Case], costs: Sequence[Costs]) -> pandas.DataFrame:
                 "upload_bytes": found.upload_bytes,
                 "turn_flops": found.flops / max(1, found.answered),
                 "flops": found.flops,
+                "turn_queries": found.queries / max(1, found.answered),
                 "peak_memory_bytes": found.peak.peak,
                 **{f"{kind}_bytes": asdict(found.peak)[kind] for kind in KINDS},
                 "least_peak_bytes": min(memory.peak for memory in found.memory.values()),

@@ -139,6 +139,7 @@ def traffic_table(
         "download_bytes": runs["participants"],
         "upload_bytes": answered,
         "flops": answered,
+        "queries": answered,
     }.items():
         runs[f"turn_{column}"] = runs[column] / count.where(count > 0)
     columns = devices.columns() if devices and cohorts else {}
@@ -153,6 +154,7 @@ def traffic_table(
         Quantity("turn_download_bytes", "Down a turn (MB)", 1e6, mark=True),
         Quantity("broadcast_bytes", "Broadcast (MB)", 1e6),
         Quantity("turn_flops", "Compute a turn (TFLOP)", 1e12, mark=True),
+        *([Quantity("turn_queries", "Queries a turn", 1)] if runs["queries"].any() else []),
         Quantity("train_seconds", "Training (s)", 1),
         Quantity("server_seconds", "Server (s)", 1),
         Quantity("wall_seconds", "Whole run (s)", 1),
@@ -164,7 +166,8 @@ def traffic_table(
         "client in one round. " + UNITS_NOTE,
         "The broadcast is the pretrained model, sent once to every client before its first turn; it is "
         "not counted elsewhere. Seconds are wall-clock on the machine that each record names, with all else "
-        "that ran there, so rows may differ by their machines; the server's are those of merging.",
+        "that ran there, so rows may differ by their machines; the server's are those of merging and of "
+        "choosing what to prune.",
         *(
             [
                 "seconds_on(device, link): of a round, if every client had this device and link of "
