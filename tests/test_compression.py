@@ -491,3 +491,21 @@ def test_reconstruction_error_falls_from_magnitude_to_wanda_to_dsnot_on_minilm(m
             errors[criterion] = [(x @ lost.T).square().sum().item() for x in (calibration, held_out)]
         for at in (0, 1):
             assert errors["magnitude"][at] > errors["wanda"][at] > errors["dsnot"][at], (name, at, errors)
+
+
+def test_choosing_what_to_prune_is_time_of_the_server_and_not_of_the_download(place, monkeypatch):
+    """All masks of a download are there before it is timed."""
+    run = worlds.federation(
+        "fedcybgd", place, rounds=1, compression={"operator": "prune", "criterion": "wanda"}
+    )
+    made, send = [], run.link.send
+
+    def sending(client, round):
+        before = dict(run.link._masks)
+        message = send(client, round)
+        made.append(before == run.link._masks and bool(before))
+        return message
+
+    monkeypatch.setattr(run.link, "send", sending)
+    run.play(1)
+    assert made == [True] * 3 and run.clock["prune"] > 0
