@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
     ("arguments", "last"),
     [
         (["block.py", "--repeats", "1"], "time / FLOPs: first block"),
-        (["turns.py", "--clients", "1", "--rounds", "1", "--steps", "1"], ""),
+        (["turns.py", "--clients", "1", "--rounds", "1", "--steps", "1"], "FedPrompt  "),
     ],
     ids=["block", "turns"],
 )

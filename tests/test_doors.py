@@ -325,17 +325,13 @@ def test_what_a_method_adds_may_cost_more_in_a_later_round(place):
             for segment in self.segments(turn.client, turn.round, turn.steps):
                 turn.fit(segment, term=term, correct=lambda name, gradient: correct(gradient, turn.round))
 
-        @staticmethod
-        def parts(run):
-            return [row["flops"] for row in run.rounds]
-
     def correct(gradient, times):
         for _ in range(times if gradient.shape == (16,) else 0):
             gradient = gradient + 0 * (torch.ones(16, 16) @ gradient)
         return gradient
 
     options = {"rounds": 3, "training": {"local_steps": 2}, "clients": 2}
-    first, second, third = Growing.parts(ran(Growing, place, **options))
+    first, second, third = (row["flops"] for row in ran(Growing, place, **options).rounds)
     assert second > first and third - second == second - first
 
 

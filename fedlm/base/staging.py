@@ -9,6 +9,7 @@ way. A larger tensor is copied in pieces.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -50,12 +51,33 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Return the tensors on a device: copies of those that are elsewhere, the others as they are."""
+    there = {name: one for name, one in tensors.items() if one.is_meta or one.device == device}
+    moved = copies({name: one for name, one in tensors.items() if name not in there}, device)
+    return {name: there[name] if name in there else moved[name] for name in tensors}
+
+
+def copies(
+    tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return copies of tensors on a device, of another type if one is given."""
     found = {
-        name: tensor if tensor.is_meta or tensor.device == device else torch.empty_like(tensor, device=device)
+        name: torch.empty_like(tensor, dtype=dtype, device=device, requires_grad=False)
         for name, tensor in tensors.items()
     }
-    write((found[name], tensor) for name, tensor in tensors.items() if found[name] is not tensor)
+    write((found[name], tensor) for name, tensor in tensors.items())
     return found
+
+
+@contextmanager
+def set_aside(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Let parameters have other data meanwhile; yield their values on the CPU, which they get back."""
+    held = to_host(parameters)
+    device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+    try:
+        yield held
+    finally:
+        for name, value in to_device(held, device).items():
+            parameters[name].data = value
 
 
 @cache

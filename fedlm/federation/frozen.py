@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy
-import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -50,17 +49,16 @@ class Frozen:
         # What is used at several places, like an output embedding tied to the input's, stays.
         uses = Counter(id(value) for _, value in self.model.named_parameters(remove_duplicate=False))
         names = [name for part in segment.frozen for name in part if uses[id(self._parameters[name])] == 1]
-        device = next(iter(self._parameters.values())).device
-        self._apart.update(staging.to_host({name: self._parameters[name] for name in names}))
-        for name in names:
-            self._parameters[name].data = _without_memory(self._parameters[name].data)
-        try:
-            yield
-        finally:
-            self._hidden.clear()
-            held = {name: self._apart.pop(name) for name in names}
-            for name, value in staging.to_device(held, device).items():
-                self._parameters[name].data = value
+        with staging.set_aside({name: self._parameters[name] for name in names}) as held:
+            self._apart.update(held)
+            for name in names:
+                self._parameters[name].data = _without_memory(self._parameters[name].data)
+            try:
+                yield
+            finally:
+                self._hidden.clear()
+                for name in names:
+                    del self._apart[name]
 
     def store(self, segment: Segment, plan: list[Step], run: Run) -> None:
         """Compute what comes out of the frozen parts for all examples of a plan, if the segment stores it."""
@@ -133,13 +131,8 @@ class Frozen:
             self._parameters[name].data = _without_memory(self._parameters[name].data)
 
     def _fetch(self, names: list[str]) -> dict[str, Tensor]:
-        held = {name: self._apart[name] for name in names}
-        found = {
-            name: torch.empty_like(value, device=self._parameters[name].device)
-            for name, value in held.items()
-        }
-        staging.write((found[name], value) for name, value in held.items())
-        return found
+        device = next(iter(self._parameters.values())).device
+        return staging.copies({name: self._apart[name] for name in names}, device)
 
 
 class ProbedFrozen(Frozen):

@@ -347,15 +347,10 @@ class Link:
         parameters = dict(self.model.named_parameters())
         names = (name for index in dropped for name in self.anatomy.blocks[index].parameters)
         taken = {name: parameters[name] for name in names}
-        held, device = staging.to_host(taken), next(iter(taken.values())).device
-        for parameter in taken.values():
-            parameter.data = parameter.data.new_empty(0)
-        try:
-            with blocks.skip(self.model, dropped):
-                yield
-        finally:
-            for name, value in staging.to_device(held, device).items():
-                taken[name].data = value
+        with staging.set_aside(taken), blocks.skip(self.model, dropped):
+            for parameter in taken.values():
+                parameter.data = parameter.data.new_empty(0)
+            yield
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -43,12 +43,13 @@ class LocalOptimizer:
     ) -> None:
         self.settings = settings
         self.parameters = parameters
+        self._device = next((value.device for value in parameters.values()), torch.device("cpu"))
+        halves = [name for name, value in parameters.items() if value.dtype != torch.float32]
+        exact = {name: received.get(name, parameters[name]) for name in halves}
         self.masters = {
-            name: torch.empty_like(value, dtype=torch.float32, requires_grad=True)
-            for name, value in parameters.items()
-            if value.dtype != torch.float32
+            name: master.requires_grad_()
+            for name, master in staging.copies(exact, self._device, torch.float32).items()
         }
-        staging.write((master, received.get(name, parameters[name])) for name, master in self.masters.items())
         updated = [self.masters.get(name, value) for name, value in parameters.items()]
         if settings.optimizer == "adamw":
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -145,19 +146,14 @@ class LocalOptimizer:
 
     def set_moments(self, moments: dict[str, Tensor]) -> None:
         """Continue from the state that `moments` returned."""
-        pairs = []
+        kinds = (*MOMENTS, "step")
+        own = {f"{name}@{kind}" for name in self.parameters for kind in kinds}
+        found = {name: value for name, value in moments.items() if name in own}
+        found = staging.copies(found, self._device, torch.float32)
         for name, updated in self.values().items():
-            found = {
-                key: moments[f"{name}@{key}"] for key in (*MOMENTS, "step") if f"{name}@{key}" in moments
-            }
-            state = {
-                key: torch.empty_like(value, dtype=torch.float32, device=updated.device)
-                for key, value in found.items()
-            }
+            state = {kind: found[f"{name}@{kind}"] for kind in kinds if f"{name}@{kind}" in found}
             if state:
                 self.optimizer.state[updated] = state
-                pairs += [(state[key], value) for key, value in found.items()]
-        staging.write(pairs)
 
 
 def state_of(names: Iterable[str], parameters: Mapping[str, Tensor], settings: Training) -> dict[str, Tensor]:

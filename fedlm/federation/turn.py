@@ -172,15 +172,12 @@ class Turn:
 
         Where weights are stored in half precision and were not trained yet, those are the values received.
         """
-        found, pairs = {}, []
+        found = {}
         for name in names:
             parameter = self._parameters[name]
             rounded = parameter.dtype != torch.float32 and name in self.received
-            value = self._values.get(name, self.received[name] if rounded else parameter)
-            found[name] = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-            pairs.append((found[name], value))
-        staging.write(pairs)
-        return found
+            found[name] = self._values.get(name, self.received[name] if rounded else parameter)
+        return staging.copies(found, next(iter(self._parameters.values())).device, torch.float32)
 
     def keep(self, values: dict[str, Tensor]) -> None:
         """Let the client keep copies of these values for its next turn."""

@@ -19,8 +19,8 @@ class Instruments:
     """Counts FLOPs once for each shape of work, and measures memory for each segment's largest step.
 
     FLOPs depend only on which parameters are trained, on the batch's shape, on the `kind` of work (a pass
-    with or without a way back and a method's terms; a correction of gradients), on the layers that the
-    client's copy lacks (`dropped`) and on its width, which follows from its `level`. So PyTorch's counter
+    with or without a way back; a method's terms or correction of gradients in a round), on the layers that
+    the client's copy lacks (`dropped`) and on its width, which follows from its `level`. So PyTorch's counter
     runs over the first work of each shape, and its result is reused.
     """
 

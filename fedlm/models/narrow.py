@@ -89,9 +89,8 @@ class Narrow:
         the model's output: a sum over fewer inputs is as large as one over all.
         """
         parameters = dict(model.named_parameters())
-        device = next(iter(parameters.values())).device
-        held = staging.to_host(parameters)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(staging.set_aside(parameters))
             for name, parameter in parameters.items():
                 shape = [one.groups * one.kept for one in self.kept[name]]
                 parameter.data = parameter.data.new_empty(shape)
@@ -99,11 +98,7 @@ class Narrow:
                 stack.enter_context(_replaced(model.get_submodule(path), attribute, value))
             for module in _scaled(model) if scaled else ():
                 stack.callback(module.register_forward_hook(self._scale).remove)
-            try:
-                yield
-            finally:
-                for name, value in staging.to_device(held, device).items():
-                    parameters[name].data = value
+            yield
 
     def _scale(self, module: nn.Module, _: Any, output: Tensor) -> Tensor:
         return output / self.rate if module.training else output
