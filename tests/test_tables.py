@@ -109,7 +109,9 @@ def test_what_looks_equal_is_marked_equally_or_not_at_all_where_the_test_split_c
 
 
 def test_smaller_is_better_where_the_metric_says_so(tmp_path):
-    _, expected = study(tmp_path, metric="perplexity", tasks=("small_talk",), partitions=("iid",))
+    _, expected = study(
+        tmp_path, metric="perplexity", tasks=("small_talk",), partitions=("iid",), seeds=(1, 2, 3, 4, 5)
+    )
     make(tmp_path, expected)
     table = pandas.read_csv(tmp_path / "tables" / "main.csv")
     competitors = table[~table["control"]]
@@ -169,7 +171,7 @@ def test_missing_runs_are_named_in_every_table(tmp_path):
 
 def test_a_score_of_fewer_seeds_is_not_marked(tmp_path):
     gone = {("bbc_news", "iid", "fedavg", 2)}
-    _, expected = study(tmp_path, skip=gone, tasks=("bbc_news",), partitions=("iid",))
+    _, expected = study(tmp_path, skip=gone, tasks=("bbc_news",), partitions=("iid",), seeds=(1, 2, 3, 4, 5))
     make(tmp_path, expected)
     assert marked(tmp_path) == ["FedCyBGD"]
 
@@ -259,7 +261,9 @@ def test_paired_table_compares_the_same_seeds(tmp_path):
     assert row["n"] == 3
     assert row["difference"] == pytest.approx((ours - theirs).mean())
     assert row["p"] == pytest.approx(scipy.stats.ttest_rel(ours, theirs).pvalue)
-    assert (table["p_adjusted"] >= table["p"]).all()
+    # Controls, which differ for sure, do not count among the tests.
+    own = table[~table.index.get_level_values("method").isin(["local_only", "head_only", "centralized"])]
+    assert (own["p_adjusted"] >= own["p"]).all() and table["p_adjusted"].notna().sum() == len(own)
 
 
 @pytest.mark.slow
@@ -372,7 +376,9 @@ def test_a_written_number_is_within_half_a_percent(value):
 @settings(max_examples=40)
 @given(
     cells=st.lists(
-        st.lists(st.floats(0, 100), min_size=1, max_size=5).map(numpy.array), min_size=1, max_size=5
+        st.lists(st.floats(0, 100), min_size=1, max_size=5).map(lambda task: numpy.array(task)[:, None]),
+        min_size=1,
+        max_size=5,
     )
 )
 def test_interquartile_mean_and_its_interval(cells):
@@ -398,7 +404,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for _ in range(100):
         found = statistics.interquartile_mean(
-            [generator.normal(mean, 1, 10) for mean in (10, 10.5, 11)], resamples=300
+            [generator.normal(mean, 1, (10, 1)) for mean in (10, 10.5, 11)], resamples=300
         )
         hits += found.low <= 10.5 <= found.high
     assert hits >= 85

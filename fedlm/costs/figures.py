@@ -114,8 +114,7 @@ def _by_block(rows: pandas.DataFrame, blocks: pandas.DataFrame, look: dict[str, 
                     peaks,
                     color=style.colour,
                     linestyle=style.line,
-                    marker=style.marker,
-                    **drawing.edge(style),
+                    **drawing.marker(style),
                 )
             elif points["peak_memory_bytes"].iloc[0] <= limit:
                 axes.axhline(peaks.iloc[0], color=style.colour, linestyle=style.line, linewidth=0.9)

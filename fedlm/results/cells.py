@@ -56,8 +56,8 @@ def test_variance(runs: pandas.DataFrame) -> float:
     """Return the variance, in points², that a cell's score has because only some examples were tested.
 
     The records do not say which examples a method had right, so methods are taken as tested independently,
-    and the seeds of a method as tested on the same examples. Both make the variance of a difference too
-    large rather than too small. With n test examples a share p varies by p (1 - p) / n, the variance of the
+    which makes the variance of a difference too large rather than too small. How much scores differ between
+    seeds is another matter. With n test examples a share p varies by p (1 - p) / n, the variance of the
     binomial distribution, which also bounds that of a mean of values from 0 to 1; a correlation r by (1 -
     r²)² / n.
 

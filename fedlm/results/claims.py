@@ -1,11 +1,11 @@
 """What the papers claim, and what the study says about it: config/claims.yaml with computed verdicts.
 
-Each claim has a rule that was written without a look at any score; a verdict is computed, never written.
+Each claim has a rule, written before the scores that it judges were known (where not, the system's note says
+so); a verdict is computed, never written.
 """
 
 import json
 import math
-from collections.abc import Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -16,9 +16,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from fedlm.base.errors import UserError
 from fedlm.base.settings import Settings
 from fedlm.results.cells import CELL
-from fedlm.results.ranking import families, on_all_partitions
+from fedlm.results.ranking import LEVEL, families, on_all_partitions
 from fedlm.results.scene import Scene
-from fedlm.results.statistics import Comparison, compare_cells
+from fedlm.results.statistics import compare_tasks, holm
 from fedlm.results.typeset import Table, significant
 from fedlm.study.yaml_files import read_settings
 
@@ -26,19 +26,22 @@ CLAIMS = Path(__file__).parents[2] / "config" / "claims.yaml"
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 UNTESTABLE = "cannot be tested here"
 EVEN = ("iid", "pooled")  # schemes that make clients alike
+LABEL_SKEW = 0.05  # bit of label divergence, from which clients' labels count as skewed
 
 
 class ScoreRule(Settings):
     """A difference of test scores, paired by seed within each cell.
 
     Supported if its 95% interval lies at or above the margin, contradicted if it lies below, else undecided.
-    Where a lower score is better, as of a loss, there are no points: only a margin of 0 can be judged.
+    Where a lower score is better, as of a loss, a percent of it counts as a point.
     """
 
     kind: Literal["score"]
     of: str = Field(description="label of a row of the study")
     against: str = Field(description="label of a row of the study")
-    partitions: Literal["all", "even", "skewed"] = "all"
+    partitions: Literal["all", "even", "skewed"] = Field(
+        "all", description="even: IID; skewed: clients' labels differ; natural partitions may be neither"
+    )
     at_least: float = Field(description="margin in points; -1: at most one point worse")
 
 
@@ -112,13 +115,17 @@ class Claims(Settings):
 
 
 class Verdict(NamedTuple):
-    """What became of a claim: the verdict, the quantity found with its range, and both in words."""
+    """What became of a claim: the verdict, the quantity found with its range, and both in words.
+
+    `p` is that of the test against the margin, of scores.
+    """
 
     verdict: str
     value: float
     low: float
     high: float
     text: str
+    p: float = math.nan
 
 
 def read_claims(path: Path = CLAIMS) -> list[System]:
@@ -189,51 +196,55 @@ def _open(verdict: str, reason: str) -> Verdict:
     return Verdict(verdict, math.nan, math.nan, math.nan, reason)
 
 
-def _cells(values: Sized) -> str:
-    return f"{len(values)} cell{'s' if len(values) != 1 else ''}"
+def _counted(cells: int) -> str:
+    return f"{cells} cell{'s' if cells != 1 else ''}"
+
+
+def _where(scene: Scene, partitions: str) -> pandas.DataFrame:
+    """Return the runs of the cells that a rule names."""
+    runs = on_all_partitions(scene.runs)
+    even = runs["scheme"].isin(EVEN)
+    if partitions == "even":
+        return runs[even]
+    if partitions == "skewed":
+        divided = scene.runs[scene.runs["method_name"] != "centralized"]
+        divergence = divided["label_divergence"].astype(float).groupby([divided[key] for key in CELL]).mean()
+        skewed = divergence.index[divergence >= LABEL_SKEW]
+        return runs[~even & pandas.MultiIndex.from_frame(runs[CELL]).isin(skewed)]
+    return runs
 
 
 def _judge_score(rule: ScoreRule, scene: Scene) -> Verdict:
-    runs = on_all_partitions(scene.runs)
+    runs = _where(scene, rule.partitions)
     runs = runs[runs["method"].isin([rule.of, rule.against])]
-    even = runs["scheme"].isin(EVEN)
-    runs = {"all": runs, "even": runs[even], "skewed": runs[~even]}[rule.partitions]
     scores = families(runs) if len(runs) else []
     if not scores or not {rule.of, rule.against} <= set(scores[0].scores):
         return _open(UNTESTABLE, f"the study has no cell of both with {rule.partitions} partitions")
     family = scores[0]
-    if not family.greater and rule.at_least != 0:
-        return _open(UNTESTABLE, "the study's scores are no shares of right answers, and have no points")
     differences = family.differences(rule.of, rule.against)
-    found = compare_cells(differences)
-    where = f"{_cells(differences)}, {found.n} pairs"
     if not family.greater:
-        return _judge_lower(found, family.name, where)
+        # A percent of a loss counts as a point, and less is better.
+        differences = [-100 * one / family.scores[rule.against].mean() for one in differences]
+    found = compare_tasks(differences)
+    unit = " points" if family.greater else f"% of the {family.name}, less is better"
+    sign = 1 if family.greater else -1
+    where = f"{_counted(sum(one.shape[1] for one in differences))}, {found.n} pairs"
+    if not found.n:
+        return _open(UNTESTABLE, "the study has no seed of both")
     if not math.isfinite(found.low):
-        equal = min(map(len, differences), default=0) > 1
+        equal = min(map(len, differences)) > 1
         reason = "no spread between seeds" if equal else "too few pairs for an interval"
-        if not found.n:
-            return _open(UNTESTABLE, "the study has no seed of both")
-        text = f"{found.difference:+.1f} points; {where}; {reason}"
+        text = f"{sign * found.difference:+.1f}{unit}; {where}; {reason}"
         return Verdict(UNDECIDED, found.difference, math.nan, math.nan, text)
     verdict = UNDECIDED
     if found.low >= rule.at_least:
         verdict = SUPPORTED
     elif found.high < rule.at_least:
         verdict = CONTRADICTED
-    text = f"{found.difference:+.1f} points ({found.low:+.1f} to {found.high:+.1f}); {where}"
-    return Verdict(verdict, found.difference, found.low, found.high, text)
-
-
-def _judge_lower(found: Comparison, metric: str, where: str) -> Verdict:
-    """Judge whether a metric that is better if lower is lower."""
-    values = found.difference, found.low, found.high
-    if not math.isfinite(found.low):
-        text = f"{metric} {found.difference:+.3f}; {where}; no interval"
-        return Verdict(UNDECIDED if found.n else UNTESTABLE, *values, text)
-    verdict = SUPPORTED if found.high <= 0 else CONTRADICTED if found.low > 0 else UNDECIDED
-    low, high = f"{found.low:+.3f}", f"{found.high:+.3f}"
-    return Verdict(verdict, *values, f"{metric} {found.difference:+.3f} ({low} to {high}); {where}")
+    ends = sorted((sign * found.low, sign * found.high))
+    text = f"{sign * found.difference:+.1f}{unit} ({ends[0]:+.1f} to {ends[1]:+.1f}); {where}"
+    p = compare_tasks([one - rule.at_least for one in differences]).p
+    return Verdict(verdict, found.difference, found.low, found.high, text, p)
 
 
 def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
@@ -255,7 +266,7 @@ def _judge_cost(rule: CostRule, scene: Scene) -> Verdict:
         verdict = CONTRADICTED
     text = f"ratio {significant(middle)}"
     text += f" ({significant(low)} to {significant(high)})" if significant(low) != significant(high) else ""
-    return Verdict(verdict, middle, low, high, f"{text}; {_cells(ratios)}")
+    return Verdict(verdict, middle, low, high, f"{text}; {_counted(len(ratios))}")
 
 
 def _judge_predicted(rule: PredictedRule, predicted: pandas.DataFrame | None) -> Verdict:
@@ -273,7 +284,8 @@ def _judge_predicted(rule: PredictedRule, predicted: pandas.DataFrame | None) ->
         value = value / others[0]
         text = f"ratio {significant(value)}"
     verdict = SUPPORTED if value <= rule.at_most else CONTRADICTED
-    return Verdict(verdict, value, value, value, f"{text}; exact, on {rule.model}")
+    exact = "within 1%" if rule.quantity == "peak_memory_bytes" else "exact"
+    return Verdict(verdict, value, value, value, f"{text}; {exact}, on {rule.model}")
 
 
 def limit_text(rule: Rule, scene: Scene) -> str:
@@ -312,30 +324,37 @@ def _titles_of_methods() -> dict[str, str]:
 
 def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: Path = CLAIMS) -> Table:
     """Every claim with its rule, what was found, and the verdict."""
+    systems = read_claims(path)
+    every = [
+        (system, claim, judge(claim.rule, scene, predicted)) for system in systems for claim in system.claims
+    ]
+    adjusted = holm([verdict.p for _, _, verdict in every])
     numbers: list[dict[str, Any]] = []
     cells = []
-    for system in read_claims(path):
-        for claim in system.claims:
-            verdict = judge(claim.rule, scene, predicted)
-            numbers.append(
-                {
-                    "system": system.name,
-                    "reference": system.reference,
-                    "claim": claim.claim,
-                    "shown_by": claim.shown_by,
-                    "rule": claim.rule.model_dump_json(),
-                    **verdict._asdict(),
-                }
-            )
-            cells.append(
-                {
-                    "System": system.name,
-                    "Claim": claim.claim,
-                    "Rule": limit_text(claim.rule, scene),
-                    "Found": verdict.text,
-                    "Verdict": verdict.verdict,
-                }
-            )
+    for (system, claim, verdict), p in zip(every, adjusted, strict=True):
+        alone = verdict.verdict in (SUPPORTED, CONTRADICTED) and p >= LEVEL
+        numbers.append(
+            {
+                "system": system.name,
+                "reference": system.reference,
+                "claim": claim.claim,
+                "shown_by": claim.shown_by,
+                "kind": claim.rule.kind,
+                "rule": claim.rule.model_dump_json(),
+                **verdict._asdict(),
+                "p_adjusted": p,
+                "alone": alone,
+            }
+        )
+        cells.append(
+            {
+                "System": system.name,
+                "Claim": claim.claim,
+                "Rule": limit_text(claim.rule, scene),
+                "Found": verdict.text,
+                "Verdict": verdict.verdict + "*" * alone,
+            }
+        )
     shown_cells = pandas.DataFrame(cells, columns=["System", "Claim", "Rule", "Found", "Verdict"])
     counts = shown_cells["Verdict"].value_counts()
     totals = ", ".join(
@@ -344,14 +363,15 @@ def claims_table(scene: Scene, predicted: pandas.DataFrame | None = None, path: 
     notes = [
         f"{len(cells)} claims: {totals}. Claims are in the suite's own words; the rules of "
         "config/claims.yaml were written beforehand, except where a system's note says otherwise.",
-        "Differences of scores are paired by seed within each cell (task × partition), with the 95% "
-        "interval of a t-test over cells and seeds: supported if it lies at or above the margin, "
-        "contradicted if below, else undecided. Ratios of costs: supported if within the limit in every "
-        "cell, contradicted if in none. Exact: predicted costs of a turn, equal to the byte to those of a "
-        "run. Even partitions are IID; all others count as skewed, natural ones too, whose labels may hardly "
-        "be. A verdict holds for the models and data of "
-        "this study and not for those of the paper.",
-        *(f"{system.name}: {system.note}" for system in read_claims(path) if system.note),
+        "Differences of scores are paired by seed, with the 95% interval of a t-test over tasks and seeds: "
+        "supported if it lies at or above the margin, contradicted if below, else undecided. Each verdict is "
+        "one comparison on the cells that the claim names. *: it would be undecided with p adjusted for all "
+        "claims about scores (Holm). Where a loss is the score, a percent of it counts as a point. Ratios of "
+        "costs: supported if within the limit in every cell, contradicted if in none. Exact: predicted costs "
+        "of a turn, equal to the byte to those of a run; memory is predicted within 1%. Even partitions are "
+        f"IID; skewed ones have a label divergence of at least {LABEL_SKEW:g} bit; a natural one may be "
+        "neither. A verdict holds for the models and data of this study and not for those of the paper.",
+        *(f"{system.name}: {system.note}" for system in systems if system.note),
         *scene.notes(),
     ]
     return Table(

@@ -42,7 +42,11 @@ def paired_table(scene: Scene) -> Table:
         greater = bool(own["greater_is_better"].iloc[0])
         result = compare(points(ours[seeds], greater), points(theirs[seeds], greater))
         found.append((task, partition, method, greater, result))
-    adjusted = adjust([result.p for *_, result in found])
+    # Controls differ for sure; counted among the tests they would make the others' p smaller.
+    competes = [method not in scene.controls for _, _, method, _, _ in found]
+    adjusted = adjust(
+        [result.p if own else math.nan for own, (*_, result) in zip(competes, found, strict=True)]
+    )
     numbers, cells = [], []
     for (task, partition, method, greater, result), value in zip(found, adjusted, strict=True):
         labels = {"task": task, "partition": partition, "method": method, "against": against}
@@ -65,8 +69,9 @@ def paired_table(scene: Scene) -> Table:
     name = scene.titles.get(against, against)
     notes = [
         f"Test score of the method minus that of {name} on the same seed (same split, same clients, same new "
-        "head); n pairs, two-sided paired t-test. p adjusted is for the number of rows (Benjamini and "
-        "Hochberg). With few seeds only large differences can be distinguished from chance.",
+        "head); n pairs, two-sided paired t-test. p adjusted is for the number of competitors' rows "
+        "(Benjamini and Hochberg); controls have none. With few seeds only large differences can be "
+        "distinguished from chance.",
         *(["–: not defined, since the difference is the same in all pairs."] if gap else []),
         *([f"Comparisons left out, with fewer than two pairs: {too_few}."] if too_few else []),
         *scene.notes(),

@@ -57,7 +57,7 @@ class Contents(NamedTuple):
     def figures(self) -> list[str]:
         """Return the names of the figures that only some studies have, in their order."""
         several = self.competitors > 1 and self.cells > 1
-        return [*(["profiles"] if several else []), *(["tuning"] if self.tuned else [])]
+        return [*(["overview", "profiles"] if several else []), *(["tuning"] if self.tuned else [])]
 
 
 _NOTHING = Contents()
@@ -87,6 +87,7 @@ def names_of_figures(cells: Cells, contents: Contents = _NOTHING) -> list[str]:
         "memory": by_task,
         "memory_by_block": by_task,
         "partitions": by_cell,
+        "overview": 1,
         "profiles": 1,
         "tuning": by_task,
     }

@@ -20,7 +20,9 @@ from fedlm.results.cells import (
     test_variance,
 )
 from fedlm.results.devices import Devices, seconds_so_far
+from fedlm.results.ranking import LEVEL
 from fedlm.results.scene import Scene
+from fedlm.results.statistics import compare
 from fedlm.results.typeset import WIDTH, Table, spread
 
 
@@ -45,7 +47,7 @@ BEST_NOTE = (
     "Bold: best of the competitors. Values that look equal are equally bold. A score is bold only among "
     "those of the most seeds, and only if the next one is further away than the standard error of the "
     "difference, for so many test examples (binomial, methods taken as tested independently; of losses it "
-    "is not known)."
+    "is not known), and, with two seeds or more, if a t-test paired by seed tells them apart (level 0.05)."
 )
 SUMS_NOTE = (
     "Bytes and compute are sums over all clients and rounds of a run, without the first broadcast of the "
@@ -57,7 +59,7 @@ def _cost_table(
     scene: Scene, quantities: Sequence[Quantity], score: bool
 ) -> tuple[pandas.DataFrame, pandas.DataFrame, numpy.ndarray]:
     """Return numbers, cells and best marks of a table with one row for each task, partition and method."""
-    number_rows, cell_rows, value_rows, variances = [], [], [], []
+    number_rows, cell_rows, value_rows, variances, by_seed = [], [], [], [], []
     texts = task_texts(scene) if score else {task: task for task in scene.tasks}
     for task, partition, method, runs, asked in scene.cells():
         number: dict[str, Any] = {"task": task, "partition": partition, "method": method}
@@ -82,6 +84,7 @@ def _cost_table(
         cell_rows.append(cell)
         value_rows.append([*value, math.nan])
         variances.append(test_variance(runs))
+        by_seed.append(runs.set_index("seed")["test_score"])
     numbers, cells = pandas.DataFrame(number_rows), pandas.DataFrame(cell_rows)
     values: numpy.ndarray = numpy.array(value_rows, float)
     best: numpy.ndarray = numpy.zeros(values.shape, dtype=bool)
@@ -98,11 +101,22 @@ def _cost_table(
             several = numpy.isfinite(some).sum(axis=0) > 1
             if score:
                 column = cells.columns.get_loc("Score")
-                several[column] &= several[column] and stands_out(
-                    some[:, column], numpy.array(variances)[rows.index]
+                several[column] = several[column] and (
+                    stands_out(some[:, column], numpy.array(variances)[rows.index])
+                    and _seeds_agree(some[:, column], [by_seed[place] for place in rows.index])
                 )
             best[rows.index] = several & numpy.isfinite(some) & (some == some.min(axis=0))
     return numbers, cells, best
+
+
+def _seeds_agree(scores: numpy.ndarray, by_seed: Sequence[pandas.Series]) -> bool:
+    """Return whether a paired test tells the least of several scores apart from the next.
+
+    With fewer than two pairs there is nothing to test, and the least counts.
+    """
+    first, second = numpy.argsort(scores, kind="stable")[:2]
+    pairs = pandas.concat([by_seed[first], by_seed[second]], axis=1, join="inner").to_numpy(dtype=float)
+    return len(pairs) < 2 or not compare(pairs[:, 0], pairs[:, 1]).p >= LEVEL
 
 
 def main_table(scene: Scene) -> Table:

@@ -9,6 +9,7 @@ import pandas
 
 from fedlm.results.cells import CELL
 from fedlm.results.devices import Devices, seconds_so_far
+from fedlm.results.ranking import on_all_partitions
 from fedlm.results.scene import Scene
 from fedlm.results.typeset import Table, significant
 
@@ -17,38 +18,34 @@ KEYS = [*CELL, "method", "seed"]
 NUMBERS = [*CELL, "method", "title", "control", "target", "centralised_score", "reached", "seeds"]
 
 
-def centralised_scores(scene: Scene) -> dict[tuple[str, str], float]:
-    """Return the mean validation score of centralised training after its last round, by task and partition.
+def centralised_scores(scene: Scene) -> pandas.Series:
+    """Return the validation score of centralised training after its last round, by task, partition and seed.
 
     It has all examples whatever the partition, so one that it was run on serves for the others of its task.
     """
-    own = scene.runs[scene.runs["method_name"] == "centralized"]
-    by_cell = own.groupby(CELL, observed=True)["validation_score"].mean().to_dict()
-    by_task = own.groupby("task", observed=True)["validation_score"].mean().to_dict()
-    return {
-        (task, partition): by_cell.get((task, partition), by_task.get(task, math.nan))
-        for task in scene.tasks
-        for partition in scene.partitions
-    }
+    runs = on_all_partitions(scene.runs)
+    own = runs[runs["method_name"] == "centralized"]
+    return own.groupby([*CELL, "seed"], observed=True)["validation_score"].mean().rename("centralised_score")
 
 
 def first_rounds(scene: Scene, rounds: pandas.DataFrame, share: float) -> pandas.DataFrame:
-    """Return each run's first round whose validation score is within reach of the centralised one.
+    """Return each run's first round from which its validation score is within reach of the centralised one.
 
-    The target is `share` of the centralised score or, where lower is better, the score divided by it. The
-    result has a row for each run, with the columns of `rounds`; these are NaN where the target is never
-    reached.
+    The target is `share` of the score of centralised training with the same seed or, where lower is better,
+    that score divided by it. It has to be reached in two scored rounds in a row, of which the first counts,
+    or in the last: one lucky round is not enough. The result has a row for each run whose seed has a
+    centralised score, with the columns of `rounds`; these are NaN where the target is never reached.
     """
-    scores = centralised_scores(scene)
     greater = scene.runs.groupby("task", observed=True)["greater_is_better"].first().astype(bool).to_dict()
     runs = scene.runs[scene.runs["method_name"] != "centralized"][KEYS]
-    some = rounds.merge(runs, on=KEYS)
-    score = numpy.array([scores[cell] for cell in zip(some["task"], some["partition"], strict=True)], float)
+    runs = runs.merge(centralised_scores(scene).reset_index(), on=[*CELL, "seed"])
+    some = rounds[rounds["validation_score"].notna()].merge(runs, on=KEYS).sort_values([*KEYS, "round"])
     better = some["task"].map(greater).to_numpy(dtype=bool)
-    values = some["validation_score"].to_numpy(dtype=float)
-    reached = numpy.where(better, values >= share * score, values <= score / share)
-    first = some[reached].sort_values([*KEYS, "round"]).drop_duplicates(KEYS)
-    return runs.merge(first, on=KEYS, how="left")
+    values, score = (some[name].to_numpy(dtype=float) for name in ("validation_score", "centralised_score"))
+    some["there"] = numpy.where(better, values >= share * score, values <= score / share)
+    stays = some.groupby(KEYS, observed=True)["there"].shift(-1, fill_value=True)
+    first = some[some["there"] & stays].drop_duplicates(KEYS)
+    return runs.merge(first.drop(columns=["there", "centralised_score"]), on=KEYS, how="left")
 
 
 def cost_to_target_table(
@@ -73,7 +70,7 @@ def cost_to_target_table(
         "peak_memory_bytes": ("Peak memory (MiB)", 2**20),
         **{name: (name, 1.0) for name in columns},
     }
-    scores = centralised_scores(scene)
+    scores = centralised_scores(scene).groupby(level=CELL).mean().to_dict()
     memory = scene.runs[[*KEYS, "peak_memory_bytes"]]
     found = {
         share: dict(list(first.merge(memory, on=KEYS).groupby([*CELL, "method"], observed=True)))
@@ -83,11 +80,13 @@ def cost_to_target_table(
     numbers: list[dict[str, Any]] = []
     cells = []
     for task, partition, method, runs, _ in scene.cells():
-        score = scores[task, partition]
+        score = scores.get((task, partition), math.nan)
         if runs.empty or runs["method_name"].iloc[0] == "centralized" or not math.isfinite(score):
             continue
         for share in TARGETS:
-            own = found[share][task, partition, method]
+            own = found[share].get((task, partition, method))
+            if own is None:
+                continue
             reached = own["round"].notna()
             number: dict[str, Any] = {
                 "task": task,
@@ -129,7 +128,8 @@ def cost_to_target_table(
     shown = pandas.DataFrame(cells, columns=headings)
     notes = [
         "Up to the first scored round whose validation score is at least 90% (97%) of that of centralised "
-        "training after its last round; where lower is better, at most that score divided by 0.9 (0.97). "
+        "training with the same seed after its last round, and so is the next round's, or it is the last; "
+        "where lower is better, at most that score divided by 0.9 (0.97). "
         "Median over seeds, in which a seed that never gets there counts as infinite: never means that "
         "half of the seeds, or more, do not. Bytes and compute are sums over all clients, without the "
         "first broadcast; 0 rounds: the untrained model is within reach. Peak memory is that of the run.",

@@ -7,9 +7,11 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedlm.results.drawing import Style, edge, logarithmic_axis, panels
-from fedlm.results.lettering import blank, measure, methods_legend, name_row, partition_title
+from fedlm.results.drawing import Style, logarithmic_axis, marker, panels
+from fedlm.results.lettering import blank, cut_at_whole, measure, methods_legend, name_row, partition_title
 from fedlm.results.scene import Scene
+
+MOST_BANDS = 8  # methods
 
 
 def _mean_curves(rounds: pandas.DataFrame, factor: float) -> pandas.DataFrame:
@@ -29,17 +31,17 @@ def _mean_curves(rounds: pandas.DataFrame, factor: float) -> pandas.DataFrame:
     )
 
 
-def _draw_curve(axes: Axes, x: pandas.Series, curve: pandas.DataFrame, style: Style) -> None:
+def _draw_curve(axes: Axes, x: pandas.Series, curve: pandas.DataFrame, style: Style, band: bool) -> None:
     axes.plot(
         x,
         curve["score"],
         color=style.colour,
-        linestyle=style.line,
-        marker=style.marker,
+        # A line between two scores would look like a curve.
+        linestyle=style.line if len(curve) > 2 else "none",
         markevery=max(1, len(curve) // 8),
-        **edge(style),
+        **marker(style),
     )
-    if curve["deviation"].any():
+    if band and curve["deviation"].any():
         low, high = curve["score"] - curve["deviation"], curve["score"] + curve["deviation"]
         axes.fill_between(x, low, high, color=style.colour, alpha=0.15, linewidth=0)
 
@@ -79,6 +81,7 @@ def _curves(
                 axes.set_xlabel(x_label)
                 axes.tick_params(labelbottom=True)
         name_row(grid[row, 0], task, f"validation {name}")
+        cut_at_whole(grid[row, 0], factor)
     methods_legend(figure, scene, look, methods)
     return figure
 
@@ -89,10 +92,14 @@ def over_rounds(
     look: dict[str, Style],
     rows: Sequence[tuple[str, Sequence[str]]],
 ) -> Figure:
-    """Score of the server's model on the validation split, after each round; bands are ± one deviation."""
+    """Score of the server's model on the validation split, after each round.
+
+    Bands are ± one deviation; more than `MOST_BANDS` would hide the curves, and are left out.
+    """
+    band = len(scene.methods) <= MOST_BANDS
 
     def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
-        _draw_curve(axes, curve.index, curve, style)
+        _draw_curve(axes, curve.index, curve, style, band)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
 
     return _curves(scene, rounds, look, rows, draw, "round")
@@ -108,6 +115,7 @@ def over_bytes(
 
     sent = scene.runs["upload_bytes"] + scene.runs["download_bytes"]
     logarithmic = (sent > 0).any()
+    band = len(scene.methods) <= MOST_BANDS
 
     def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
         if logarithmic:
@@ -116,6 +124,6 @@ def over_bytes(
         if sent.empty:
             axes.axhline(curve["score"].iloc[-1], color=style.colour, linestyle=style.line, linewidth=0.8)
         else:
-            _draw_curve(axes, sent["megabytes"], sent, style)
+            _draw_curve(axes, sent["megabytes"], sent, style, band)
 
     return _curves(scene, rounds, look, rows, draw, "sent up and down so far (MB)")

@@ -89,19 +89,31 @@ KNOWN = {
     "heterofl": Style("#DDCC77", (5, 0, 180), _DOTTED),
     "fedkseed": Style("#1A85FF", (8, 1, 0), _DOTTED),
     "fedmezo": Style("#CC6677", (5, 1, 180), _DOTTED),
-    "fedcybgd_rotating": Style("#7A2E0E", (7, 1, 0), _MIXED),  # a row of the benchmark
+    # Further rows of the benchmark, in lighter and darker shades of what they are a form of.
+    "fedcybgd_rotating": Style("#7A2E0E", (7, 1, 0), _MIXED),
+    "fedcybgd_gradient": Style("#F4A261", (3, 1, 0), _DOTTED),
+    "fedcybgd_wanda": Style("#4A1C06", (12, 1, 0), _DASHED),
+    "fedcybgd_dsnot": Style("#A8480A", (3, 1, 180), _DOTTED),
+    "fedbavg": Style("#6BAED6", (3, 1, 90), _DASHED),
+    "fed_full": Style("#08306B", (3, 1, 270), _MIXED),
+    "ffa_lora": Style("#66C2A5", r"$\clubsuit$", _DASHED),
+    "fedex_lora": Style("#00583F", r"$\spadesuit$", _MIXED),
+    "cellm": Style("#C2577F", r"$\oplus$", _MIXED),
+    "cellm_dense": Style("#5C1A33", r"$\otimes$", _DASHED),
+    "rsfllm_quiet": Style("#7FBF7B", r"$\ominus$", _DASHED),
+    "rsfllm_undefended": Style("#0B3D1E", r"$\odot$", _MIXED),
 }
 # Greys are for controls.
 _COLOURS = [style.colour for style in KNOWN.values() if style.colour[1:3] != style.colour[3:5]]
 _LINES = [_SOLID, _MIXED, _DOTTED, _DASHED]
 _MARKERS = [style.marker for style in KNOWN.values() if style.marker != "_"] + [
-    (3, 1, 0),
-    (3, 1, 180),
-    (3, 1, 90),
-    (3, 1, 270),
-    (12, 1, 0),
-    r"$\spadesuit$",
-    r"$\clubsuit$",
+    r"$\heartsuit$",
+    r"$\Omega$",
+    r"$\infty$",
+    r"$\bowtie$",
+    r"$\#$",
+    r"$\Psi$",
+    r"$\S$",
 ]
 
 KINDS = [
@@ -223,11 +235,15 @@ def logarithmic_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(minor)
 
 
-def edge(style: Style) -> dict[str, Any]:
-    """Return the edge of a marker: white around filled ones, so that they stand out where lines cross."""
-    if style.marker in Line2D.filled_markers:
-        return {"markeredgecolor": "white", "markeredgewidth": 0.4}
-    return {"markeredgecolor": style.colour, "markeredgewidth": 0.9}
+def marker(style: Style, points: float = 4) -> dict[str, Any]:
+    """Return a marker, its size and its edge: white around filled ones, which stand out where lines cross."""
+    filled = style.marker in Line2D.filled_markers
+    return {
+        "marker": style.marker,
+        "markersize": 1.5 * points if style.marker == "*" else points,  # a star's points are thin
+        "markeredgecolor": "white" if filled else style.colour,
+        "markeredgewidth": 0.4 if filled else 0.9,
+    }
 
 
 def memory_unit(largest: float) -> tuple[float, str]:
@@ -266,10 +282,8 @@ def method_legend(figure: Figure, look: dict[str, Style], titles: dict[str, str]
             [],
             [],
             color=look[method].colour,
-            marker=look[method].marker,
             linestyle=look[method].line,
-            markeredgewidth=0.9 if look[method].marker not in Line2D.filled_markers else 0,
-            markersize=5,
+            **marker(look[method], 5),
         )
         for method in titles
     ]

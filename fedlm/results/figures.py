@@ -17,7 +17,7 @@ from fedlm.results import records
 from fedlm.results.contents import Contents, chunks, compared_tasks, name_of_page, pages_of_cells
 from fedlm.results.curves import over_bytes, over_rounds
 from fedlm.results.drawing import save_figure, settings, styles
-from fedlm.results.final_scores import over_heterogeneity, trade_off
+from fedlm.results.final_scores import over_heterogeneity, overview, trade_off
 from fedlm.results.lettering import note_missing
 from fedlm.results.memory_figures import memory, memory_by_block
 from fedlm.results.partition_figures import draw_partitions
@@ -80,6 +80,8 @@ def make(
         save("memory_by_block", (memory_by_block(scene, look, page) for page in by_task))
         save("partitions", (draw_partitions(partitions, page) for page in by_cell))
         more = (contents or Contents()).figures()
+        if "overview" in more:
+            save("overview", [overview(scene, look)])
         if "profiles" in more:
             save("profiles", [profiles(scene, look)])
         if "tuning" in more and trials is not None:

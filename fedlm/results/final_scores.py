@@ -6,9 +6,17 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedlm.results.drawing import Style, edge, logarithmic_axis, panels
-from fedlm.results.lettering import measure, methods_legend, name_row, partition_title, shorten
+from fedlm.results.cells import CELL
+from fedlm.results.drawing import Style, logarithmic_axis, marker, panels
+from fedlm.results.lettering import cut_at_whole, measure, methods_legend, name_row, partition_title, shorten
+from fedlm.results.ranking import on_all_partitions
 from fedlm.results.scene import Scene
+
+COSTS = [
+    ("bytes", "sent up and down (MB)", 1e6),
+    ("peak_memory_bytes", "peak memory (MiB)", 2**20),
+    ("flops", "compute (TFLOP)", 1e12),
+]
 
 
 def over_heterogeneity(scene: Scene, look: dict[str, Style], tasks: list[str]) -> Figure:
@@ -35,7 +43,8 @@ def over_heterogeneity(scene: Scene, look: dict[str, Style], tasks: list[str]) -
             # Equal scores of several methods are drawn next to each other.
             positions = some.groupby("partition")[skew].mean()
             alone = numpy.ptp(positions) == 0
-            beside = (0.1 if alone else 0.03 * float(numpy.ptp(positions))) / len(scene.methods)
+            width = float(numpy.ptp(positions)) * min(0.01 * len(scene.methods), 0.3 / len(positions))
+            beside = (0.1 if alone else width) / len(scene.methods)
             for place, method in enumerate(scene.methods):
                 own = some[some["method"] == method]
                 if own.empty:
@@ -51,16 +60,17 @@ def over_heterogeneity(scene: Scene, look: dict[str, Style], tasks: list[str]) -
                     points["score"] * factor,
                     points["deviation"] * factor,
                     color=style.colour,
-                    marker=style.marker,
                     linestyle=style.line,
-                    **edge(style),
+                    **marker(style),
                     elinewidth=0.8,
                     capsize=2,
                 )
             axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-            if alone:
+            if alone:  # nothing but the one skew is on this axis
                 axes.set_xticks(positions.unique(), [f"{x:.2f}" for x in positions.unique()])
+                axes.grid(axis="x", visible=False)
             _name_positions(axes, positions)
+            cut_at_whole(axes, factor)
     methods_legend(figure, scene, look, methods)
     return figure
 
@@ -95,22 +105,52 @@ def _name_positions(axes: Axes, positions: pandas.Series) -> None:
         )
 
 
+def overview(scene: Scene, look: dict[str, Style]) -> Figure:
+    """Mean test score over all cells against mean bytes, memory and compute, of the methods with all cells.
+
+    The grey line joins what no competitor beats in both.
+    """
+    figure, grid = panels(1, 3, height=2.3, sharey="row")
+    runs = on_all_partitions(scene.runs[scene.runs["greater_is_better"].astype(bool)])
+    runs = runs[runs["method_name"] != "majority"].assign(bytes=runs["upload_bytes"] + runs["download_bytes"])
+    columns = ["test_score", *(cost for cost, _, _ in COSTS)]
+    means = runs.groupby([*CELL, "method"])[columns].mean().groupby("method").agg(["mean", "size"])
+    means = means[means["test_score", "size"] == means["test_score", "size"].max()]
+    means = means.xs("mean", axis=1, level=1) if len(means) else means
+    shown = [method for method in scene.methods if method in means.index]
+    for axes, (cost, x_label, unit) in zip(grid[0], COSTS, strict=True):
+        axes.set_xlabel(x_label)
+        if _is_wide(means[cost] if len(means) else pandas.Series(dtype=float)):
+            logarithmic_axis(axes)
+        points = []
+        for method in shown:
+            x, y = means.loc[method, cost] / unit, means.loc[method, "test_score"] * 100
+            style = look[method]
+            if x == 0:
+                axes.axhline(y, color=style.colour, linestyle=style.line, linewidth=0.8)
+                continue
+            axes.plot(x, y, color=style.colour, linestyle="none", **marker(style, 6))
+            if method not in scene.controls:
+                points.append((x, y))
+        _draw_front(axes, points, greater_is_better=True)
+    grid[0, 0].set_ylabel("mean test score (points)")
+    methods_legend(figure, scene, look, shown)
+    return figure
+
+
+def _is_wide(costs: pandas.Series) -> bool:
+    """Return whether costs differ by more than a factor of 20, and need a logarithmic axis."""
+    positive = costs[costs > 0]
+    return len(positive) > 0 and positive.max() > 20 * positive.min()
+
+
 def trade_off(scene: Scene, look: dict[str, Style], cells: list[tuple[str, str]]) -> Figure:
     """Test score against bytes, memory and compute; the grey line joins what no competitor beats in both."""
     figure, grid = panels(len(cells), 3, sharey="row", sharex="col")
-    costs = [
-        ("bytes", "sent up and down (MB)", 1e6),
-        ("peak_memory_bytes", "peak memory (MiB)", 2**20),
-        ("flops", "compute (TFLOP)", 1e12),
-    ]
     runs = scene.runs.assign(bytes=scene.runs["upload_bytes"] + scene.runs["download_bytes"])
     # The majority class has no costs to trade, and its score would stretch the axes.
     runs = runs[runs["method_name"] != "majority"]
-    # A logarithmic axis where costs differ by more than a factor of 20.
-    wide = {}
-    for cost, _, _ in costs:
-        positive = runs[cost][runs[cost] > 0]
-        wide[cost] = len(positive) > 0 and positive.max() > 20 * positive.min()
+    wide = {cost: _is_wide(runs[cost]) for cost, _, _ in COSTS}
     methods = set()
     for row, (task, partition) in enumerate(cells):
         name, factor = measure(scene, task)
@@ -118,7 +158,7 @@ def trade_off(scene: Scene, look: dict[str, Style], cells: list[tuple[str, str]]
         grid[row, 0].set_ylabel(f"test {name}")
         title = partition_title(scene, task, partition, columns=1)
         grid[row, 0].set_title(f"{shorten(task, 40)}: {title}", loc="left", pad=3)
-        for column, (cost, x_label, unit) in enumerate(costs):
+        for column, (cost, x_label, unit) in enumerate(COSTS):
             axes = grid[row, column]
             if row == len(cells) - 1:
                 axes.set_xlabel(x_label)
@@ -144,9 +184,8 @@ def trade_off(scene: Scene, look: dict[str, Style], cells: list[tuple[str, str]]
                     y,
                     deviation,
                     color=style.colour,
-                    marker=style.marker,
                     linestyle="none",
-                    markersize=5,
+                    **marker(style, 5),
                     elinewidth=0.8,
                     capsize=2,
                 )
@@ -154,6 +193,7 @@ def trade_off(scene: Scene, look: dict[str, Style], cells: list[tuple[str, str]]
                     points.append((x, y))
             greater = bool(some["greater_is_better"].iloc[0])
             _draw_front(axes, points, greater)
+            cut_at_whole(axes, factor)
     methods_legend(figure, scene, look, methods)
     return figure
 

@@ -1,7 +1,7 @@
 """The findings of a study in two pages: a text whose every number is put in from the tables."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ TEMPLATE = Path(__file__).with_suffix(".md.j2")
 NEEDED = ("main", "ranking", "cost_to_target", "quality", "tuning", "claims")
 NEAR = 1.0  # points below the best competitor, or percent above its loss, that still count as close
 AGAINST = "fedavg"  # costs are given as multiples of this method's
+CORE = ("fedcybgd", "fedavg", "fedlora", "fedprompt")  # of these the first line says if one loses everywhere
 COSTS = ("peak_memory_bytes", "upload_bytes", "download_bytes", "flops")
 
 
@@ -40,6 +41,7 @@ def write_up(tables: Path, study: str, has: Collection[str] = NEEDED) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
+    environment.filters["share"] = "{:.0%}".format
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(study=study, **_facts(frames)).rstrip("\n") + "\n"
 
@@ -54,8 +56,13 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
     titles = dict(zip(main["method"], main["title"], strict=True))
     gaps = _gaps(competitors)
-    margins = {f"{NEAR:g} point": greater.any(), f"{NEAR:g}% of the loss": not greater.all()}
-    judged = {system: own.to_dict("records") for system, own in claims.groupby("system", sort=False)}
+    units = {" points": greater.any(), "% of the loss": not greater.all()}
+    of_scores, of_costs = (
+        claims[claims["kind"] == "score"],
+        claims[claims["kind"].isin(["cost", "predicted"])],
+    )
+    decided = of_scores[of_scores["verdict"].isin([SUPPORTED, CONTRADICTED])]
+    judged = {system: own.to_dict("records") for system, own in of_scores.groupby("system", sort=False)}
     return {
         "tasks": list(dict.fromkeys(main["task"])),
         "cells": cells,
@@ -65,9 +72,13 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "asked": int(main["seeds_expected"].sum()),
         "trials": int(frames["tuning"].groupby(["task", "method"])["trials_of_all"].first().sum()),
         "failed": int(frames["tuning"].groupby(["task", "method"])["failed"].first().sum()),
-        "losers": [titles[method] for method in gaps if (gaps[method] > NEAR).all()],
+        "losers": [
+            (titles[method], gaps[method].min(), gaps[method].max())
+            for method in gaps
+            if method in CORE and len(gaps) > 1 and (gaps[method] > NEAR).all()
+        ],
         "near": NEAR,
-        "margin": " or ".join(margin for margin, has in margins.items() if has),
+        "unit": " or ".join(unit for unit, has in units.items() if has),
         "ranking": frames["ranking"].to_dict("records"),
         "groups": _groups(frames["ranking"]),
         "winners": _winners(scored, titles),
@@ -76,18 +87,24 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "targets": None if costs is None else _targets(costs),
         "seconds": [] if costs is None else columns_of_seconds(costs),
         "judged": judged,
-        "verdicts": claims["verdict"].value_counts().to_dict(),
+        "of_scores": of_scores["verdict"].value_counts().to_dict(),
+        "of_costs": of_costs["verdict"].value_counts().to_dict(),
+        "decided": len(decided),
+        "stay": int((decided["alone"].astype(str) != "True").sum()),
+        "too_dear": of_costs[of_costs["verdict"] == CONTRADICTED].to_dict("records"),
+        "open": int((claims["kind"] == "none").sum()),
         "supported": SUPPORTED,
         "contradicted": CONTRADICTED,
         "undecided": UNDECIDED,
         "untestable": UNTESTABLE,
-        "raised": quality[quality["raised"]].groupby("rule", sort=False).size().to_dict(),
+        "raised": quality[quality["raised"]].groupby(["rule", "checked"], sort=False).size().to_dict(),
         "passed": list(dict.fromkeys(quality[~quality["raised"]]["rule"])),
         "says": dict(zip(quality["rule"], quality["says"], strict=True)),
         "in_words": in_words,
         "number": significant,
         "scored": _points if frames["ranking"]["family"].iloc[0] == "score" else significant,
         "listed": _listed,
+        "amount": _amount,
         "counted": _counted,
     }
 
@@ -143,28 +160,32 @@ def _prices(main: pandas.DataFrame) -> dict[str, list[float]]:
 
 
 def _targets(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Return for each method and target in how many cells it gets there, and the median costs of these."""
+    """Return for each competitor, and each target, in how many cells it gets there and its median costs.
+
+    A cell in which it does not get there counts as infinite, as a seed does within a cell.
+    """
     rows = []
-    seconds = columns_of_seconds(table)
-    for (method, target), own in table.groupby(["method", "target"], sort=False):
-        there = own[own["round"].notna()]
-        rows.append(
-            {
-                "title": own["title"].iloc[0],
-                "control": bool(own["control"].iloc[0]),
-                "method": method,
-                "target": target,
-                "cells": len(own),
-                "reached": len(there),
-                "seeds": int(own["seeds"].sum()),
-                "seeds_reached": int(own["reached"].sum()),
-                "upload_bytes": there["upload_bytes"].median(),
-                "download_bytes": there["download_bytes"].median(),
-                "flops": there["flops"].median(),
-                "seconds": [there[name].median() for name in seconds],
-            }
-        )
+    costs = ["peak_memory_bytes", "upload_bytes", "download_bytes", "flops", *columns_of_seconds(table)]
+    for _, own in table[~table["control"].astype(bool)].groupby("method", sort=False):
+        row: dict[str, Any] = {"title": own["title"].iloc[0], "targets": []}
+        for target, some in own.groupby("target", sort=False):
+            there = some["round"].notna()
+            row["targets"].append(
+                {
+                    "target": target,
+                    "cells": f"{there.sum()} of {len(some)}",
+                    "seeds": f"{some['reached'].sum()} of {some['seeds'].sum()}",
+                    "costs": [float(some[cost].where(there, math.inf).median()) for cost in costs],
+                }
+            )
+        rows.append(row)
     return rows
+
+
+def _amount(values: Sequence[float], unit: float = 1) -> str:
+    """Write a cost for each target."""
+    written = ["never" if value == math.inf else significant(value / unit) for value in values]
+    return "never" if set(written) == {"never"} else " / ".join(written)
 
 
 def _points(value: float) -> str:

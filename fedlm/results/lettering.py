@@ -40,6 +40,12 @@ def measure(scene: Scene, task: str) -> tuple[str, float]:
     return f"{name} (%)" if percent else f"{name} × 100", 100.0
 
 
+def cut_at_whole(axes: Axes, factor: float) -> None:
+    """End a score's axis at 100, where bars of a deviation may go further than a score can."""
+    if factor == 100 and axes.get_ylim()[1] > 102:
+        axes.set_ylim(top=102)  # a marker at 100 is whole
+
+
 def empty(axes: Axes, text: str = "no runs") -> None:
     """Write the reason into an empty panel, and remove its ticks and grid."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")
@@ -51,7 +57,7 @@ def empty(axes: Axes, text: str = "no runs") -> None:
 def blank(axes: Axes) -> None:
     """Leave the place of a panel empty that the study does not have; its name on the left stays."""
     # Not without ticks: panels that share an axis share them.
-    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    axes.tick_params(which="both", left=False, bottom=False, labelleft=False, labelbottom=False)
     axes.grid(False)
     axes.spines[:].set_visible(False)
 

@@ -34,11 +34,9 @@ def draw_partitions(files: Sequence[PartitionFile], rows: Sequence[tuple[str, Se
             file = min(found, key=lambda file: file.seed)
             _draw_partition(axes, file)
             gini, divergence = file.skew["size_gini"], file.skew["label_divergence"]
-            axes.set_title(
-                f"{shorten(partition, letters_above(widest) - 4)}\nskew {divergence:.2f}, Gini {gini:.2f}",
-                pad=3,
-                linespacing=1.0,
-            )
+            measured = f"seed {file.seed}: skew {divergence:.2f}, Gini {gini:.2f}"
+            title = f"{shorten(partition, letters_above(widest) - 4)}\n{measured}"
+            axes.set_title(title, pad=3, linespacing=1.0)
             last, place = file, axes
         name_row(grid[row, 0], task, "examples")
         if last is not None:

@@ -16,6 +16,8 @@ from fedlm.results.typeset import Table, significant
 LAST_PART = 0.75  # of the rounds: from there to the end a curve is to be flat
 FLAT, OUTSIDE, FAR = 1.0, 1.0, 5.0  # points, or percent where lower is better
 LARGEST_ERROR = 1.5  # points
+LEARNT = 5.0  # points above the majority class, from which a tuning has found something
+ABOVE_CHANCE = 3.0  # points above the majority class
 LOWER_CONTROLS = ("majority", "head_only")
 UPPER_CONTROL = "centralized"
 
@@ -63,13 +65,14 @@ def quality_table(
         _far(scene),
         *_coarse(scene),
         _changed(scene),
-        *([_at_edge(choices), _failed(trials)] if trials is not None else []),
+        *([_at_edge(choices), *_learnt(scene, trials), _failed(trials)] if trials is not None else []),
     ]
     numbers, cells = [], []
     for rule in rules:
         for one in rule.found or [Finding("", "", "", math.nan, f"holds for all {rule.checked}")]:
             raised = bool(rule.found)
-            numbers.append({"rule": rule.name, "says": rule.says, "raised": raised, **one._asdict()})
+            about = {"rule": rule.name, "says": rule.says, "checked": rule.checked, "raised": raised}
+            numbers.append({**about, **one._asdict()})
             method = scene.title(one.method) if one.method in scene.titles else one.method
             cells.append([rule.name, one.task or "–", one.partition or "–", method or "–", one.text])
     columns = ["Rule", "Task", "Partition", "Method", "Found"]
@@ -180,6 +183,17 @@ def _outside(scene: Scene) -> list[Rule]:
             f"no competitor's test score is more than {OUTSIDE:g} point below that of {' or '.join(lower)}."
         )
         rules.append(Rule("above its controls", says, len(competitors), below))
+    if "majority" in have:
+        chance = [
+            Finding(
+                *labels, gap, f"{significant(abs(gap))} points {'above' if gap >= 0 else 'below'} majority"
+            )
+            for labels in competitors
+            for gap in [distance(means[labels][0], score_of("majority", *labels[:2]), means[labels][1])]
+            if gap <= ABOVE_CHANCE
+        ]
+        says = f"every competitor's test score is more than {ABOVE_CHANCE:g} points above the majority class."
+        rules.append(Rule("above chance", says, len(competitors), chance))
     if UPPER_CONTROL in have:
         says = f"no competitor's test score is more than {OUTSIDE:g} point above that of {UPPER_CONTROL}."
         rules.append(Rule("below its control", says, len(competitors), above))
@@ -249,6 +263,29 @@ def _at_edge(choices: Sequence[dict[str, Any]]) -> Rule:
     ]
     says = "no setting that the tuning chose is the lowest or highest of those tried."
     return Rule("winner inside its space", says, len(choices), found)
+
+
+def _learnt(scene: Scene, trials: pandas.DataFrame) -> list[Rule]:
+    """Check that the best trial of each tuning is better than chance; if not, there was nothing to choose."""
+    majority = scene.runs[scene.runs["method_name"] == "majority"]
+    by_cell = majority.groupby(CELL, observed=True)["validation_score"].mean().to_dict()
+    finished = trials[(trials["status"] == "finished") & trials["greater_is_better"].astype(bool)]
+    finished = finished[~finished["method"].isin(set(majority["method"]))]
+    found, checked = [], 0
+    for (task, partition, method), own in finished.groupby([*CELL, "method"], sort=False):
+        if (task, partition) not in by_cell:
+            continue
+        checked += 1
+        gap = distance(own["validation_score"].astype(float).max(), by_cell[task, partition], greater=True)
+        if gap <= LEARNT:
+            side = "above" if gap >= 0 else "below"
+            text = f"the best trial is {significant(abs(gap))} points {side} majority"
+            found.append(Finding(task, partition, method, gap, text))
+    says = (
+        f"the best trial's validation score is more than {LEARNT:g} points above that of the majority class; "
+        "else the tuning has chosen among trials that learnt little or nothing."
+    )
+    return [Rule("tuning found something", says, checked, found)] if checked else []
 
 
 def _failed(trials: pandas.DataFrame) -> Rule:

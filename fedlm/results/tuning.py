@@ -11,7 +11,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from fedlm.base.errors import UserError
-from fedlm.results.drawing import Style, edge, panels
+from fedlm.results.drawing import Style, marker, panels
 from fedlm.results.lettering import measure, methods_legend, name_row
 from fedlm.results.scene import Scene
 from fedlm.results.statistics import expected_best
@@ -156,8 +156,7 @@ def tuning_curves(scene: Scene, look: dict[str, Style], trials: pandas.DataFrame
                 own["expected_best"] * factor,
                 color=style.colour,
                 linestyle=style.line,
-                marker=style.marker,
-                **edge(style),
+                **marker(style),
             )
         if some.empty:
             axes.text(0.5, 0.5, "no trials", transform=axes.transAxes, ha="center", color="#777777")
