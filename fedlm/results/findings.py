@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_suffix(".md.j2")
 NEEDED = ("main", "ranking", "cost_to_target", "quality", "tuning", "claims")
 NEAR = 1.0  # points below the best competitor, or percent above its loss, that still count as close
 AGAINST = "fedavg"  # costs are given as multiples of this method's
-CORE = ("fedcybgd", "fedavg", "fedlora", "fedprompt")  # of these the first line says if one loses everywhere
+CORE = ("fedcybgd", "fedavg", "fedlora", "fedprompt")  # the first line says if one of them loses everywhere
 COSTS = ("peak_memory_bytes", "upload_bytes", "download_bytes", "flops")
 
 
@@ -55,7 +55,7 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
     scored = competitors[greater]
     cells = list(dict.fromkeys(zip(main["task"], main["partition"], strict=True)))
     titles = dict(zip(main["method"], main["title"], strict=True))
-    gaps = _gaps(competitors)
+    gaps = _gaps(competitors[competitors["method"].isin(CORE)])
     units = {" points": greater.any(), "% of the loss": not greater.all()}
     of_scores, of_costs = (
         claims[claims["kind"] == "score"],
@@ -75,9 +75,10 @@ def _facts(frames: dict[str, pandas.DataFrame]) -> dict[str, Any]:
         "losers": [
             (titles[method], gaps[method].min(), gaps[method].max())
             for method in gaps
-            if method in CORE and len(gaps) > 1 and (gaps[method] > NEAR).all()
+            if len(gaps) > 1 and (gaps[method] > NEAR).all()
         ],
         "near": NEAR,
+        "core": [titles[method] for method in gaps],
         "unit": " or ".join(unit for unit, has in units.items() if has),
         "ranking": frames["ranking"].to_dict("records"),
         "groups": _groups(frames["ranking"]),
