@@ -215,13 +215,13 @@ def legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> None:
 
 
 def logarithmic_axis(axes: Axes) -> None:
-    """Make the x axis logarithmic: numbers at powers of ten; on a short axis at 1, 2 and 5 times those."""
+    """Make the x axis logarithmic: numbers at powers of ten; if there is one or none, also at 2 and 5 times."""
     axes.set_xscale("log")
     powers = matplotlib.ticker.LogFormatterSciNotation()
 
     def short() -> bool:
         low, high = axes.get_xlim()
-        return low > 0 and high < 30 * low
+        return low > 0 and math.floor(math.log10(high)) - math.ceil(math.log10(low)) < 1
 
     def major(value: float, place: float) -> str:
         return f"{value:g}" if short() else powers(value, int(place))
