@@ -215,7 +215,7 @@ def legend(figure: Figure, handles: Sequence, labels: Sequence[str]) -> None:
 
 
 def logarithmic_axis(axes: Axes) -> None:
-    """Make the x axis logarithmic: numbers at powers of ten; if there is one or none, also at 2 and 5 times."""
+    """Make the x axis logarithmic: numbers at powers of ten; if there is at most one, also at 2 and 5."""
     axes.set_xscale("log")
     powers = matplotlib.ticker.LogFormatterSciNotation()
 
