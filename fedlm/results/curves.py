@@ -51,7 +51,7 @@ def _curves(
     rounds: pandas.DataFrame,
     look: dict[str, Style],
     rows: Sequence[tuple[str, Sequence[str]]],
-    draw: Callable[[Axes, pandas.DataFrame, Style], None],
+    draw: Callable[[Axes, pandas.DataFrame, Style, bool], None],
     x_label: str,
 ) -> Figure:
     """Draw a row of panels for each task, one for each of its partitions, with a curve for each method."""
@@ -74,7 +74,7 @@ def _curves(
             for method in scene.methods:
                 own = some[some["method"] == method]
                 if len(own):
-                    draw(axes, _mean_curves(own, factor), look[method])
+                    draw(axes, _mean_curves(own, factor), look[method], len(scene.methods) <= MOST_BANDS)
                     methods.add(method)
             # Panels that share an axis have its numbers where no panel comes below.
             if not any(column < len(below) for _, below in rows[row + 1 :]):
@@ -96,9 +96,8 @@ def over_rounds(
 
     Bands are ± one deviation; more than `MOST_BANDS` would hide the curves, and are left out.
     """
-    band = len(scene.methods) <= MOST_BANDS
 
-    def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
+    def draw(axes: Axes, curve: pandas.DataFrame, style: Style, band: bool) -> None:
         _draw_curve(axes, curve.index, curve, style, band)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
 
@@ -115,9 +114,8 @@ def over_bytes(
 
     sent = scene.runs["upload_bytes"] + scene.runs["download_bytes"]
     logarithmic = (sent > 0).any()
-    band = len(scene.methods) <= MOST_BANDS
 
-    def draw(axes: Axes, curve: pandas.DataFrame, style: Style) -> None:
+    def draw(axes: Axes, curve: pandas.DataFrame, style: Style, band: bool) -> None:
         if logarithmic:
             logarithmic_axis(axes)
         sent = curve[curve["megabytes"] > 0]

@@ -111,8 +111,7 @@ def overview(scene: Scene, look: dict[str, Style]) -> Figure:
     The grey line joins what no competitor beats in both.
     """
     figure, grid = panels(1, 3, height=2.3, sharey="row")
-    runs = on_all_partitions(scene.runs[scene.runs["greater_is_better"].astype(bool)])
-    runs = runs[runs["method_name"] != "majority"].assign(bytes=runs["upload_bytes"] + runs["download_bytes"])
+    runs = _with_costs(on_all_partitions(scene.runs[scene.runs["greater_is_better"].astype(bool)]))
     columns = ["test_score", *(cost for cost, _, _ in COSTS)]
     means = runs.groupby([*CELL, "method"])[columns].mean().groupby("method").agg(["mean", "size"])
     means = means[means["test_score", "size"] == means["test_score", "size"].max()]
@@ -138,6 +137,12 @@ def overview(scene: Scene, look: dict[str, Style]) -> Figure:
     return figure
 
 
+def _with_costs(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the runs with their bytes both ways, without the majority class, which stretches the axes."""
+    runs = runs[runs["method_name"] != "majority"]
+    return runs.assign(bytes=runs["upload_bytes"] + runs["download_bytes"])
+
+
 def _is_wide(costs: pandas.Series) -> bool:
     """Return whether costs differ by more than a factor of 20, and need a logarithmic axis."""
     positive = costs[costs > 0]
@@ -147,9 +152,7 @@ def _is_wide(costs: pandas.Series) -> bool:
 def trade_off(scene: Scene, look: dict[str, Style], cells: list[tuple[str, str]]) -> Figure:
     """Test score against bytes, memory and compute; the grey line joins what no competitor beats in both."""
     figure, grid = panels(len(cells), 3, sharey="row", sharex="col")
-    runs = scene.runs.assign(bytes=scene.runs["upload_bytes"] + scene.runs["download_bytes"])
-    # The majority class has no costs to trade, and its score would stretch the axes.
-    runs = runs[runs["method_name"] != "majority"]
+    runs = _with_costs(scene.runs)
     wide = {cost: _is_wide(runs[cost]) for cost, _, _ in COSTS}
     methods = set()
     for row, (task, partition) in enumerate(cells):

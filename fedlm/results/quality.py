@@ -185,9 +185,7 @@ def _outside(scene: Scene) -> list[Rule]:
         rules.append(Rule("above its controls", says, len(competitors), below))
     if "majority" in have:
         chance = [
-            Finding(
-                *labels, gap, f"{significant(abs(gap))} points {'above' if gap >= 0 else 'below'} majority"
-            )
+            Finding(*labels, gap, _from_majority(gap))
             for labels in competitors
             for gap in [distance(means[labels][0], score_of("majority", *labels[:2]), means[labels][1])]
             if gap <= ABOVE_CHANCE
@@ -265,6 +263,10 @@ def _at_edge(choices: Sequence[dict[str, Any]]) -> Rule:
     return Rule("winner inside its space", says, len(choices), found)
 
 
+def _from_majority(gap: float) -> str:
+    return f"{significant(abs(gap))} points {'above' if gap >= 0 else 'below'} majority"
+
+
 def _learnt(scene: Scene, trials: pandas.DataFrame) -> list[Rule]:
     """Check that the best trial of each tuning is better than chance; if not, there was nothing to choose."""
     majority = scene.runs[scene.runs["method_name"] == "majority"]
@@ -278,9 +280,7 @@ def _learnt(scene: Scene, trials: pandas.DataFrame) -> list[Rule]:
         checked += 1
         gap = distance(own["validation_score"].astype(float).max(), by_cell[task, partition], greater=True)
         if gap <= LEARNT:
-            side = "above" if gap >= 0 else "below"
-            text = f"the best trial is {significant(abs(gap))} points {side} majority"
-            found.append(Finding(task, partition, method, gap, text))
+            found.append(Finding(task, partition, method, gap, f"the best trial is {_from_majority(gap)}"))
     says = (
         f"the best trial's validation score is more than {LEARNT:g} points above that of the majority class; "
         "else the tuning has chosen among trials that learnt little or nothing."
